@@ -1,0 +1,1 @@
+"""Hugging Face causal language models to task graphs, without their weights."""

@@ -1,0 +1,167 @@
+"""Emit the executor: `program -> Python source`, one line an instruction.
+
+The source is a pure function of the task graph and the program: same plan, same text. It is written
+to be read, and the runtime runs exactly this text.
+"""
+
+from collections.abc import Iterable, Mapping
+
+from dovetail.codegen.ops import Names, op_text
+from dovetail.codegen.segments import emit_expert, emit_segment, function_name
+from dovetail.ir.program import (
+    Free,
+    Instruction,
+    Load,
+    Loop,
+    Program,
+    Run,
+    Signal,
+    Wait,
+)
+from dovetail.ir.task_graph import Body, TaskGraph
+
+__all__ = ["Names", "emit_executor", "op_text"]
+
+
+def emit_executor(graph: TaskGraph, program: Program, title: Mapping[str, str]) -> str:
+    """The executor's source. ``title`` says what it was emitted for (policy, model, budget, plan)
+    and becomes the docstring."""
+    lines = ['"""Executor emitted by dovetail. Read it; edits are not read back.', ""]
+    lines += [f"{key}: {value}" for key, value in title.items()]
+    lines += [
+        "",
+        "m is the runtime, g a group of sequences, v the group's values, w weights by name.",
+        '"""',
+        "",
+        "import math",
+        "",
+        "import torch",
+        "from torch.nn import functional as F",
+        "",
+        "from dovetail.runtime.linear import linear",
+        "",
+        "aten = torch.ops.aten",
+    ]
+    bodies = {body.name: body for body in (graph.prologue, *graph.bodies, graph.epilogue)}
+    for segment in program.segments:
+        lines += ["", ""]
+        body = bodies[segment.body]
+        if segment.over == "experts":
+            lines += emit_expert(body, segment)
+        else:
+            lines += emit_segment(graph, body, segment, program)
+    for names, instructions in _same_engines(program):
+        lines += ["", ""]
+        lines += _emit_engine(names, instructions, program, bodies)
+    return "\n".join(lines) + "\n"
+
+
+def engine_function(engine: str) -> str:
+    """The emitted function that runs an engine: ``cpu`` for cpu0, cpu1, …"""
+    return engine.rstrip("0123456789")
+
+
+def _same_engines(program: Program) -> Iterable[tuple[list[str], tuple[Instruction, ...]]]:
+    groups: dict[str, list[str]] = {}
+    for name in program.engines:
+        groups.setdefault(engine_function(name), []).append(name)
+    for names in groups.values():
+        first = program.engines[names[0]]
+        assert all(program.engines[name] == first for name in names)
+        yield names, first
+
+
+def _emit_engine(
+    names: list[str],
+    instructions: tuple[Instruction, ...],
+    program: Program,
+    bodies: Mapping[str, Body],
+) -> list[str]:
+    kind = engine_function(names[0])
+    what = "Compute workers" if kind == "cpu" else "Disk reader"
+    lines = [
+        f"def {kind}(m, worker):",
+        f'    """{what}: what {", ".join(names)} does, step after step."""',
+        "    for _ in m.steps(worker):",
+    ]
+    emitter = _Emitter(program)
+    emitter.block(instructions, 2, layer="0", chunk="0", in_layers=False)
+    return lines + (emitter.lines or ["        pass"])
+
+
+class _Emitter:
+    """Instruction lists as indented lines."""
+
+    def __init__(self, program: Program) -> None:
+        self.lines: list[str] = []
+        self._program = program
+
+    def block(
+        self,
+        items: tuple[Instruction, ...],
+        depth: int,
+        *,
+        layer: str,
+        chunk: str,
+        in_layers: bool,
+    ) -> None:
+        """Emit ``items``, merging a signal and the wait that follows it into one meeting."""
+        skip = False
+        for index, item in enumerate(items):
+            if skip:
+                skip = False
+                continue
+            following = items[index + 1] if index + 1 < len(items) else None
+            if isinstance(item, Loop):
+                self._loop(item, depth, layer=layer, chunk=chunk)
+                continue
+            if isinstance(item, Signal) and item.what == "phase":
+                skip = following == Wait("phase", item.name)
+                word = "meet" if skip else "signal"
+                self._line(depth, f'm.{word}(worker, "{item.name}")')
+                continue
+            self._line(depth, self._one(item, layer, chunk))
+
+    def _loop(self, loop: Loop, depth: int, *, layer: str, chunk: str) -> None:
+        step = f", {loop.step}" if loop.step > 1 else ""
+        self._line(depth, f"for {loop.variable} in range({loop.start}, {loop.stop}{step}):")
+        names = {"layer": layer, "chunk": chunk} | {loop.variable: loop.variable}
+        self.block(loop.body, depth + 1, layer=names["layer"], chunk=names["chunk"], in_layers=True)
+
+    def _one(self, item: Instruction, layer: str, chunk: str) -> str:
+        match item:
+            case Wait("room", name):
+                return f'm.wait_room("{name}")'
+            case Wait("ready", name):
+                return f'm.wait_ready(worker, "{name}")'
+            case Wait("phase", name):
+                return f'm.wait(worker, "{name}")'
+            case Signal("ready", name):
+                return f'm.signal_ready("{name}")'
+            case Load(ring, at, part):
+                place = f'"{ring}", {_plus(layer, at)}, {_plus(chunk, part)}'
+                return f"m.load({place})"
+            case Free(ring, _, _):
+                return f'm.free(worker, "{ring}")'
+            case Run():
+                return self._run(item, layer, chunk)
+        raise AssertionError(item)
+
+    def _run(self, run: Run, layer: str, chunk: str) -> str:
+        segment = self._program.segment(run.segment)
+        function = function_name(run.segment)
+        at = "-1" if run.layer < 0 else _plus(layer, run.layer)
+        if segment.over == "experts":
+            part = "-1" if run.chunk < 0 else _plus(chunk, run.chunk)
+            return f"m.run_experts(worker, {function}, {at}, {part})"
+        call = "run_head" if segment.over == "seqs" else "run_groups"
+        return f'm.{call}(worker, {function}, {at}, "{run.unit}")'
+
+    def _line(self, depth: int, text: str) -> None:
+        self.lines.append("    " * depth + text)
+
+
+def _plus(variable: str, offset: int) -> str:
+    if variable == "0":
+        return str(offset)
+    return variable if not offset else f"{variable} + {offset}"

@@ -1,0 +1,284 @@
+"""Which sequences take part in which step: admission, refill and leaving, as one pure state machine.
+
+The simulator and the runtime drive the same ``Batcher``, so the planner's steps are the executor's
+steps whenever no sequence stops early. Longest prompts go first: a row that becomes free then fits
+every prompt still waiting.
+
+A **cohort** is a block of ``rows`` rows of the KV store with one capacity, laid out back to back,
+so that the rows of a decode group can be read as one strided view. A **group** is what one
+attention task runs over: sequences of one cohort, all in prefill or all in decode.
+"""
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """How sequences enter. ``seqs`` bounds those in flight, ``kv_tokens`` the KV store, ``rows``
+    the sequences of a group, ``attn_tokens`` the padded tokens of a prefill group and
+    ``prefill_tokens`` those of a step (a single sequence may exceed both). Without ``refill`` a
+    wave is finished before the next one starts."""
+
+    seqs: int
+    kv_tokens: int
+    rows: int
+    attn_tokens: int
+    prefill_tokens: int
+    refill: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A prompt: its place in the input, its length in tokens and how many may be generated."""
+
+    index: int
+    length: int
+    new_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A sequence in a group: where its row of the KV store starts (in tokens) and how many tokens
+    the row holds before this step."""
+
+    index: int
+    offset: int
+    held: int
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Sequences that one attention task runs over.
+
+    In prefill ``held`` is 0 and row i has ``lengths[i]`` new tokens, padded on the right to
+    ``q_len``; in decode every row has one. ``stride`` is the distance of neighbouring rows.
+    """
+
+    prefill: bool
+    members: tuple[Member, ...]
+    lengths: tuple[int, ...]
+    q_len: int
+    stride: int
+
+    @property
+    def past(self) -> int:
+        """KV tokens before this step, the longest row's."""
+        return max(member.held for member in self.members)
+
+    @property
+    def tokens(self) -> int:
+        """New tokens with padding."""
+        return len(self.members) * self.q_len
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One pass over the model's layers."""
+
+    groups: tuple[Group, ...]
+
+    @property
+    def tokens(self) -> int:
+        """New tokens of the step with padding."""
+        return sum(group.tokens for group in self.groups)
+
+    @property
+    def seqs(self) -> int:
+        """Sequences that get a token in this step."""
+        return sum(len(group.members) for group in self.groups)
+
+
+@dataclass(slots=True)
+class _Live:
+    request: Request
+    row: int
+    held: int = 0
+    made: int = 0
+
+
+@dataclass(slots=True)
+class _Cohort:
+    offset: int
+    rows: int
+    stride: int
+    live: dict[int, _Live] = field(default_factory=dict)
+
+    def free_rows(self) -> list[int]:
+        return [row for row in range(self.rows) if row not in self.live]
+
+
+class _Space:
+    """First-fit allocator of token ranges; neighbouring free ranges merge."""
+
+    def __init__(self, size: int) -> None:
+        self._free = [(0, size)]
+
+    def take(self, size: int) -> int | None:
+        for i, (start, length) in enumerate(self._free):
+            if length >= size:
+                rest = [(start + size, length - size)] if length > size else []
+                self._free[i : i + 1] = rest
+                return start
+        return None
+
+    def largest(self) -> int:
+        return max((length for _, length in self._free), default=0)
+
+    def give(self, start: int, size: int) -> None:
+        merged: list[tuple[int, int]] = []
+        for begin, length in sorted([*self._free, (start, size)]):
+            if merged and merged[-1][0] + merged[-1][1] == begin:
+                merged[-1] = (merged[-1][0], merged[-1][1] + length)
+            else:
+                merged.append((begin, length))
+        self._free = merged
+
+
+def row_tokens(length: int, new_tokens: int) -> int:
+    """KV tokens that a sequence needs: the last generated token is never read back."""
+    return length + new_tokens - 1
+
+
+class Batcher:
+    """Forms the steps of a workload. Call ``next_step``, run it, then ``advance`` with the
+    sequences that stopped early; ``next_step`` returns None when all are done."""
+
+    def __init__(self, requests: Iterable[Request], admission: Admission) -> None:
+        self._waiting = deque(sorted(requests, key=lambda r: (-r.length - r.new_tokens, r.index)))
+        self._admission = admission
+        self._space = _Space(admission.kv_tokens)
+        self._cohorts: list[_Cohort] = []
+        for request in self._waiting:
+            need = row_tokens(request.length, request.new_tokens)
+            assert need <= admission.kv_tokens, f"a row of {need} tokens exceeds the KV store"
+
+    @property
+    def in_flight(self) -> int:
+        """Sequences that hold a row now."""
+        return sum(len(cohort.live) for cohort in self._cohorts)
+
+    def next_step(self) -> Step | None:
+        """The groups of the next pass, or None when every sequence has left."""
+        if self._admission.refill or not self.in_flight:
+            self._admit()
+        groups: list[Group] = []
+        for cohort in self._cohorts:
+            groups += self._groups_of(cohort)
+        return Step(tuple(groups)) if groups else None
+
+    def advance(self, step: Step, stopped: Iterable[int] = ()) -> tuple[int, ...]:
+        """Account for a finished step; returns the indices that leave, ``stopped`` or at their
+        length."""
+        ended = set(stopped)
+        members = {member.index for group in step.groups for member in group.members}
+        left = []
+        for cohort in self._cohorts:
+            for row, seq in list(cohort.live.items()):
+                if seq.request.index not in members:
+                    continue
+                seq.held += 1 if seq.made else seq.request.length
+                seq.made += 1
+                if seq.request.index in ended or seq.made >= seq.request.new_tokens:
+                    del cohort.live[row]
+                    left.append(seq.request.index)
+        for cohort in [c for c in self._cohorts if not c.live]:
+            self._space.give(cohort.offset, cohort.rows * cohort.stride)
+            self._cohorts.remove(cohort)
+        return tuple(left)
+
+    def _admit(self) -> None:
+        tokens = self._admission.prefill_tokens
+        for cohort in self._cohorts:
+            for row in cohort.free_rows():
+                if not self._waiting or self.in_flight >= self._admission.seqs:
+                    return
+                if self._waiting[0].length > tokens and self.in_flight:
+                    return
+                request = self._waiting.popleft()
+                tokens -= request.length
+                cohort.live[row] = _Live(request, row)
+        while self._waiting:
+            rows = self._cohort_rows(tokens)
+            if not rows:
+                return
+            tokens -= self._open_cohort(rows)
+
+    def _cohort_rows(self, tokens: int) -> int:
+        """How many rows the next cohort can have."""
+        first = self._waiting[0]
+        stride = row_tokens(first.length, first.new_tokens)
+        by_tokens = tokens // first.length
+        if not self.in_flight:
+            by_tokens = max(1, by_tokens)
+        return min(
+            self._admission.rows,
+            len(self._waiting),
+            self._admission.seqs - self.in_flight,
+            self._space.largest() // stride,
+            by_tokens,
+        )
+
+    def _open_cohort(self, rows: int) -> int:
+        first = self._waiting[0]
+        stride = row_tokens(first.length, first.new_tokens)
+        offset = self._space.take(rows * stride)
+        assert offset is not None
+        cohort = _Cohort(offset, rows, stride)
+        for row in range(rows):
+            cohort.live[row] = _Live(self._waiting.popleft(), row)
+        self._cohorts.append(cohort)
+        return rows * first.length
+
+    def _groups_of(self, cohort: _Cohort) -> list[Group]:
+        rows = [cohort.live[row] for row in sorted(cohort.live)]
+        decode = [seq for seq in rows if seq.made]
+        groups = [_group(cohort, decode, prefill=False)] if decode else []
+        fresh = sorted((s for s in rows if not s.made), key=lambda s: (-s.request.length, s.row))
+        while fresh:
+            take = max(1, self._admission.attn_tokens // fresh[0].request.length)
+            groups.append(_group(cohort, fresh[:take], prefill=True))
+            fresh = fresh[take:]
+        return groups
+
+
+def _group(cohort: _Cohort, seqs: Sequence[_Live], *, prefill: bool) -> Group:
+    members = tuple(
+        Member(s.request.index, cohort.offset + s.row * cohort.stride, s.held) for s in seqs
+    )
+    lengths = tuple(s.request.length if prefill else 1 for s in seqs)
+    return Group(prefill, members, lengths, max(lengths), cohort.stride)
+
+
+def group_shares(step: Step, workers: int) -> tuple[tuple[int, ...], ...]:
+    """Which groups each worker runs: heaviest first, each to the worker with the least so far.
+
+    The weight counts a token's projections as 1 and its attention as KV length / 2048, the order
+    of magnitude for heads as wide as the hidden state.
+    """
+
+    def weight(group: Group) -> float:
+        return group.tokens * (1 + (group.past + group.q_len) / 2048)
+
+    order = sorted(range(len(step.groups)), key=lambda i: (-weight(step.groups[i]), i))
+    load = [0.0] * workers
+    shares: list[list[int]] = [[] for _ in range(workers)]
+    for index in order:
+        worker = load.index(min(load))
+        load[worker] += weight(step.groups[index])
+        shares[worker].append(index)
+    return tuple(tuple(sorted(share)) for share in shares)
+
+
+def expert_shares(counts: Sequence[int], order: Sequence[int], workers: int) -> tuple[int, ...]:
+    """The worker of every expert: in the order in which their weights arrive, each to the worker
+    with the fewest tokens so far. ``counts`` are tokens by expert; an unused expert gets -1."""
+    load = [0] * workers
+    owner = [-1] * len(counts)
+    for expert in order:
+        if counts[expert]:
+            worker = load.index(min(load))
+            load[worker] += counts[expert]
+            owner[expert] = worker
+    return tuple(owner)

@@ -1,0 +1,123 @@
+"""The plan: what `dovetail` decided, why, and what it expects. JSON, and nothing in it is run."""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from dovetail.ir import codec
+from dovetail.ir.errors import PlanError
+from dovetail.ir.machine import Machine
+from dovetail.ir.moves import Move
+from dovetail.ir.workload import Workload
+
+VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """A time that no schedule can beat on this machine model, and the resource that sets it."""
+
+    seconds: float
+    resource: str
+    parts: Mapping[str, float]
+    """Seconds that each resource alone would need."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What the cost model expects of a schedule over the whole workload. ``bytes`` is the peak of
+    the ram tier by what it holds; ``classes`` the busy seconds by task class over all engines."""
+
+    seconds: float
+    setup_seconds: float
+    steps: int
+    tokens: int
+    disk_bytes: int
+    bytes: Mapping[str, int]
+    classes: Mapping[str, float]
+
+    @property
+    def peak_bytes(self) -> int:
+        """Predicted peak of the ram tier."""
+        return sum(self.bytes.values())
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Generated tokens per second, set-up included."""
+        return self.tokens / self.seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A schedule that was considered: its policy and knobs, and what it was expected to take.
+    ``refused`` says why it could not be used at all."""
+
+    policy: str
+    knobs: Mapping[str, int | bool]
+    seconds: float | None
+    refused: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """An exported plan. ``graph`` is the digest of the task graph that the moves apply to and
+    ``checkpoint`` that of the weights' layout (empty when planned from a config alone)."""
+
+    version: int
+    model: Mapping[str, str | int]
+    graph: str
+    checkpoint: str
+    machine: Machine
+    budget: Mapping[str, int]
+    workload: Workload
+    policy: str
+    knobs: Mapping[str, int | bool]
+    moves: tuple[Move, ...]
+    prediction: Prediction
+    bound: Bound
+    candidates: tuple[Candidate, ...]
+
+    def digest(self) -> str:
+        """Hex sha256 over all fields: same inputs, same plan, same digest."""
+        return codec.digest(self)
+
+
+def save_plan(plan: Plan, path: Path) -> None:
+    """Write the plan; a crash leaves either the old file or the new one."""
+    data = codec.encode(plan)
+    assert isinstance(data, dict)
+    text = json.dumps({"digest": plan.digest()} | data, indent=1)
+    scratch = path.with_name(path.name + ".tmp")
+    with scratch.open("w", encoding="utf-8") as file:
+        file.write(text + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    scratch.replace(path)
+
+
+def load_plan(path: Path) -> Plan:
+    """Read a plan; raises PlanError on a file that is missing, malformed or altered."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise PlanError(f"{path}: no such plan file; make one with `dovetail plan make`") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise PlanError(f"{path}: not a readable plan: {error}; export it again") from None
+    if not isinstance(data, dict) or data.get("kind") != "Plan":
+        raise PlanError(f"{path}: not a dovetail plan: expected an object of kind 'Plan'")
+    if data.get("version") != VERSION:
+        found = data.get("version")
+        raise PlanError(f"{path}: plan version {found!r}, this dovetail reads {VERSION}; plan again")
+    stated = data.pop("digest", None)
+    try:
+        plan = codec.decode(data, Plan)
+    except PlanError as error:
+        raise PlanError(f"{path}: {error}; export the plan again") from None
+    if stated != plan.digest():
+        raise PlanError(
+            f"{path}: digest {str(stated)[:12]} does not match the content "
+            f"({plan.digest()[:12]}); the file was altered: export the plan again"
+        )
+    return plan

@@ -1,0 +1,256 @@
+"""Replay moves on a task graph: `graph, moves -> layout`.
+
+The layout is the schedule with every decision resolved; lowering, costs and memory read it. A move
+that does not fit the graph raises VerifyError with what was found and what is allowed.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from dovetail.ir.batching import Admission
+from dovetail.ir.errors import VerifyError
+from dovetail.ir.moves import (
+    Accumulate,
+    Dispatch,
+    Fuse,
+    Move,
+    Overlap,
+    Place,
+    Prefetch,
+    Reorder,
+    Split,
+)
+from dovetail.ir.placement import experts_of
+from dovetail.ir.program import Settings
+from dovetail.ir.task_graph import Body, Role, TaskGraph
+
+DEFAULT_BLOCK = 8 << 20
+_SPLITS = {
+    ("attention", "seqs"),
+    ("attention", "tokens"),
+    ("experts", "tokens"),
+    ("experts", "experts"),
+    ("head", "seqs"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A schedule with every decision resolved. ``experts_resident[i]`` of layer i's experts are in
+    ram, ``chunk`` experts make one streamed load; ``rows`` and ``attn_tokens`` bound an attention
+    group, ``expert_rows`` and ``head_rows`` the rows of one expert GEMM and of one head GEMM."""
+
+    graph: TaskGraph
+    dispatch: Dispatch
+    embed_resident: bool
+    head_resident: bool
+    dense_resident: tuple[bool, ...]
+    experts_resident: tuple[int, ...]
+    chunk: int
+    rows: int
+    attn_tokens: int
+    expert_rows: int
+    head_rows: int
+    prefetch: dict[str, Prefetch]
+    workers: int
+    threads: int
+    resident_first: bool
+    fused: dict[str, tuple[tuple[str, ...], ...]]
+
+    def chunks(self, layer: int) -> int:
+        """How many streamed loads the layer's experts take."""
+        experts = experts_of(self.graph, layer)
+        if experts is None:
+            return 0
+        return (experts.count - self.experts_resident[layer]) // self.chunk
+
+    @property
+    def admission(self) -> Admission:
+        """How the batcher admits sequences."""
+        return Admission(
+            seqs=self.dispatch.seqs,
+            kv_tokens=self.dispatch.kv_tokens,
+            rows=min(self.rows, self.dispatch.seqs),
+            attn_tokens=self.attn_tokens,
+            prefill_tokens=self.dispatch.prefill_tokens,
+            refill=self.dispatch.refill,
+        )
+
+    @property
+    def settings(self) -> Settings:
+        """What the executor needs beside the program's instructions."""
+        tokens = self.dispatch.prefill_tokens + self.dispatch.seqs
+        return Settings(
+            admission=self.admission,
+            experts_resident=self.experts_resident,
+            chunk=self.chunk,
+            expert_rows=min(self.expert_rows, tokens),
+            head_rows=min(self.head_rows, self.dispatch.seqs),
+            step_tokens=tokens,
+            block=max((p.block for p in self.prefetch.values()), default=DEFAULT_BLOCK),
+            threads=self.threads,
+        )
+
+
+def apply_moves(graph: TaskGraph, moves: Iterable[Move]) -> Layout:
+    """The layout that replaying ``moves`` on ``graph`` gives. Without moves everything is on disk,
+    nothing is split and one worker computes. Raises VerifyError."""
+    moves = tuple(moves)
+    dispatches = [move for move in moves if isinstance(move, Dispatch)]
+    if len(dispatches) != 1:
+        raise VerifyError(f"a schedule needs exactly one dispatch move, found {len(dispatches)}")
+    layers = len(graph.layers)
+    unlimited = 1 << 30
+    layout = Layout(
+        graph=graph,
+        dispatch=dispatches[0],
+        embed_resident=False,
+        head_resident=False,
+        dense_resident=(False,) * layers,
+        experts_resident=(0,) * layers,
+        chunk=1,
+        rows=unlimited,
+        attn_tokens=unlimited,
+        expert_rows=unlimited,
+        head_rows=unlimited,
+        prefetch={},
+        workers=1,
+        threads=1,
+        resident_first=False,
+        fused={body.name: tuple((t.name,) for t in body.tasks) for body in _bodies(graph)},
+    )
+    for move in moves:
+        layout = _apply(layout, move)
+    _check(layout, moves)
+    return layout
+
+
+def _apply(layout: Layout, move: Move) -> Layout:
+    match move:
+        case Dispatch():
+            _positive(move, seqs=move.seqs, kv_tokens=move.kv_tokens)
+            return layout
+        case Place():
+            return _place(layout, move)
+        case Split():
+            return _split(layout, move)
+        case Accumulate():
+            if (move.role, move.axis) != ("experts", "tokens"):
+                raise VerifyError(
+                    f"accumulate {move.role} along {move.axis}: only experts gain from it, along "
+                    "tokens"
+                )
+            return layout
+        case Prefetch():
+            _positive(move, slots=move.slots, block=move.block)
+            return replace(layout, prefetch=layout.prefetch | {move.unit: move})
+        case Reorder():
+            return replace(layout, resident_first=True)
+        case Overlap():
+            _positive(move, workers=move.workers, threads=move.threads)
+            return replace(layout, workers=move.workers, threads=move.threads)
+        case Fuse():
+            return _fuse(layout, move)
+
+
+def _place(layout: Layout, move: Place) -> Layout:
+    in_ram = move.tier == "ram"
+    if move.unit == "embed":
+        return replace(layout, embed_resident=in_ram)
+    if move.unit == "head":
+        return replace(layout, head_resident=in_ram)
+    layers = len(layout.graph.layers)
+    unknown = [layer for layer in move.layers if not 0 <= layer < layers]
+    if unknown:
+        raise VerifyError(f"place {move.unit}: layer {unknown[0]} is not in 0..{layers - 1}")
+    if move.unit == "dense":
+        dense = list(layout.dense_resident)
+        for layer in move.layers:
+            dense[layer] = in_ram
+        return replace(layout, dense_resident=tuple(dense))
+    resident = list(layout.experts_resident)
+    for layer in move.layers:
+        experts = experts_of(layout.graph, layer)
+        most = experts.count if experts else 0
+        if not 0 <= move.count <= most:
+            raise VerifyError(f"place experts: layer {layer} has {most}, found count {move.count}")
+        resident[layer] = move.count if in_ram else 0
+    return replace(layout, experts_resident=tuple(resident))
+
+
+def _split(layout: Layout, move: Split) -> Layout:
+    if (move.role, move.axis) not in _SPLITS:
+        allowed = ", ".join(f"{role}/{axis}" for role, axis in sorted(_SPLITS))
+        raise VerifyError(
+            f"split {move.role} along {move.axis}: wrong axis; a role may be split as {allowed}"
+        )
+    _positive(move, size=move.size)
+    field = {
+        ("attention", "seqs"): "rows",
+        ("attention", "tokens"): "attn_tokens",
+        ("experts", "tokens"): "expert_rows",
+        ("experts", "experts"): "chunk",
+        ("head", "seqs"): "head_rows",
+    }[move.role, move.axis]
+    return replace(layout, **{field: move.size})
+
+
+def _fuse(layout: Layout, move: Fuse) -> Layout:
+    groups = layout.fused.get(move.body)
+    if groups is None:
+        raise VerifyError(f"fuse: no body {move.body!r}; found {', '.join(layout.fused)}")
+    names = [name for group in groups for name in group]
+    start = names.index(move.tasks[0]) if move.tasks and move.tasks[0] in names else -1
+    if start < 0 or tuple(names[start : start + len(move.tasks)]) != move.tasks:
+        raise VerifyError(f"fuse in {move.body}: {move.tasks} are not consecutive tasks of {names}")
+    body = next(b for b in _bodies(layout.graph) if b.name == move.body)
+    if any(t.role is Role.EXPERTS for t in body.tasks if t.name in move.tasks):
+        raise VerifyError(f"fuse in {move.body}: experts run over all groups and stay on their own")
+    kept = [g for g in groups if not set(g) & set(move.tasks)]
+    before = [g for g in kept if names.index(g[0]) < start]
+    after = [g for g in kept if names.index(g[0]) > start]
+    return replace(layout, fused=layout.fused | {move.body: (*before, move.tasks, *after)})
+
+
+def _check(layout: Layout, moves: tuple[Move, ...]) -> None:
+    accumulated = any(isinstance(move, Accumulate) for move in moves)
+    for layer in range(len(layout.graph.layers)):
+        experts = experts_of(layout.graph, layer)
+        if experts is None:
+            continue
+        if not accumulated and layout.rows < layout.dispatch.seqs:
+            raise VerifyError(
+                "attention is split into groups but experts are not accumulated over them: add "
+                "accumulate(experts, tokens), or every group would read the experts again"
+            )
+        streamed = experts.count - layout.experts_resident[layer]
+        if streamed % layout.chunk:
+            raise VerifyError(
+                f"split experts along experts by {layout.chunk}: layer {layer} streams {streamed} "
+                f"experts, which {layout.chunk} does not divide"
+            )
+        if streamed:
+            _need_prefetch(layout, "experts", layer)
+    if not all(layout.dense_resident):
+        _need_prefetch(layout, "dense", layout.dense_resident.index(False))
+    if not layout.head_resident:
+        _need_prefetch(layout, "head", -1)
+
+
+def _need_prefetch(layout: Layout, unit: str, layer: int) -> None:
+    if unit not in layout.prefetch:
+        where = f" of layer {layer}" if layer >= 0 else ""
+        raise VerifyError(
+            f"{unit}{where} is on disk but no prefetch move gives it a buffer: place it in ram or "
+            f"add prefetch({unit}, slots, block)"
+        )
+
+
+def _positive(move: Move, **sizes: int) -> None:
+    for name, size in sizes.items():
+        if size < 1:
+            raise VerifyError(f"{type(move).__name__.lower()}: {name} must be >= 1, found {size}")
+
+
+def _bodies(graph: TaskGraph) -> tuple[Body, ...]:
+    return (graph.prologue, *graph.bodies, graph.epilogue)

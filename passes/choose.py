@@ -1,0 +1,133 @@
+"""Choose: `graph, machine, budget, workload, policy -> plan`.
+
+Every policy proposes schedules for its knobs; a coarse estimate ranks them, the simulator decides
+among the best of each policy. ``auto`` takes the best over all policies, so it is never predicted
+worse than any of them.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from dovetail.ir.codec import digest
+from dovetail.ir.errors import BudgetError, InputError
+from dovetail.ir.machine import Machine
+from dovetail.ir.moves import Move
+from dovetail.ir.plan import VERSION, Candidate, Plan, Prediction
+from dovetail.ir.task_graph import TaskGraph
+from dovetail.ir.units import format_bytes
+from dovetail.ir.workload import Workload
+from dovetail.passes.apply_moves import apply_moves
+from dovetail.passes.bound import bound
+from dovetail.passes.cost import Costs
+from dovetail.passes.memory import ram_bytes
+from dovetail.passes.policies import POLICIES, module_batch
+from dovetail.passes.policies.common import Knobs, Policy, Setting
+from dovetail.passes.search import Search
+from dovetail.passes.simulate import Simulator
+
+FINALISTS = 4
+"""Schedules of each policy that are simulated in full."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Choice:
+    policy: str
+    knobs: Knobs
+    moves: tuple[Move, ...]
+    prediction: Prediction
+
+
+def choose(
+    graph: TaskGraph,
+    machine: Machine,
+    budget: Mapping[str, int],
+    workload: Workload,
+    policy: str = "auto",
+    knobs: Knobs | None = None,
+    checkpoint: str = "",
+) -> Plan:
+    """The best plan of ``policy``, or of all for ``auto``; with ``knobs`` exactly that schedule.
+
+    Raises BudgetError if nothing fits, naming the smallest budget that works, and InputError for
+    an unknown policy.
+    """
+    if policy != "auto" and policy not in POLICIES:
+        names = ", ".join(["auto", *POLICIES])
+        raise InputError(f"policy {policy!r} is not known; choose one of {names}")
+    setting = Setting(graph, machine, budget["ram"], workload)
+    costs = Costs(machine)
+    names = list(POLICIES) if policy == "auto" else [policy]
+    choices: list[_Choice] = []
+    candidates: list[Candidate] = []
+    for name in names:
+        found, tried = _best_of(setting, POLICIES[name], costs, knobs)
+        choices += found
+        candidates += tried
+    if not choices:
+        raise BudgetError(_too_small(setting, policy))
+    best = min(choices, key=lambda c: c.prediction.seconds)
+    return Plan(
+        version=VERSION,
+        model=graph.model,
+        graph=digest(graph),
+        checkpoint=checkpoint,
+        machine=machine,
+        budget=dict(budget),
+        workload=workload,
+        policy=best.policy,
+        knobs=dict(best.knobs),
+        moves=best.moves,
+        prediction=best.prediction,
+        bound=bound(graph, machine, budget["ram"], workload),
+        candidates=tuple(candidates),
+    )
+
+
+def _best_of(
+    setting: Setting, policy: Policy, costs: Costs, fixed: Knobs | None
+) -> tuple[list[_Choice], list[Candidate]]:
+    search = Search(policy, setting, costs)
+    one = search.attempt(fixed) if fixed else None
+    found = ([one] if one else []) if fixed else search.run()
+    choices = []
+    for schedule in found[:FINALISTS]:
+        layout = apply_moves(setting.graph, schedule.moves)
+        prediction = Simulator(layout, setting.machine, costs).predict(setting.workload)
+        choices.append(_Choice(policy.name, schedule.knobs, schedule.moves, prediction))
+    choices.sort(key=lambda c: c.prediction.seconds)
+    candidates = [Candidate(c.policy, dict(c.knobs), c.prediction.seconds) for c in choices]
+    if not choices:
+        tried = search.refused
+        why = f"none of {tried} schedules tried fits ram={format_bytes(setting.budget)}"
+        candidates.append(Candidate(policy.name, {}, None, why))
+    return choices, candidates
+
+
+def _peak(setting: Setting, moves: tuple[Move, ...]) -> int:
+    return sum(ram_bytes(apply_moves(setting.graph, moves)).values())
+
+
+def smallest_budget(graph: TaskGraph, machine: Machine, workload: Workload) -> int:
+    """Bytes of ram that the leanest schedule needs: one sequence, one expert at a time."""
+    return min(
+        _peak(setting, moves)
+        for setting in [Setting(graph, machine, 1 << 62, workload)]
+        for knobs in [module_batch.leanest(setting)]
+        if (moves := module_batch.moves(setting, knobs)) is not None
+    )
+
+
+def _too_small(setting: Setting, policy: str) -> str:
+    least = smallest_budget(setting.graph, setting.machine, setting.workload)
+    found = format_bytes(setting.budget)
+    if least > setting.budget:
+        return (
+            f"a budget of ram={found} is too small for this model and workload: the leanest "
+            f"schedule needs ram={format_bytes(least, up=True)}; give at least that, or shorter "
+            "prompts"
+        )
+    return (
+        f"policy {policy!r} has no schedule that fits ram={found}, though others do (the leanest "
+        f"needs {format_bytes(least, up=True)}): use --policy auto"
+    )
+

@@ -1,0 +1,186 @@
+"""Costs: FLOPs and bytes of every task as expressions, and seconds on a machine.
+
+`task -> [OpCost]` is symbolic in the dims; `Costs` turns it into seconds with the machine's
+measured curves: a GEMM runs at the rate of its rows, attention at the rate of its query length or,
+in decode, of its KV reads, everything else at the speed of memory, plus a fixed cost per operator.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import sympy
+
+from dovetail.ir.errors import PlanError
+from dovetail.ir.expr import Expr, evaluate, to_expr
+from dovetail.ir.machine import Curve, Machine
+from dovetail.ir.task_graph import ITEMSIZE, Arg, Body, Experts, Op, Ref, Task, Value, Weight
+
+VIEWS = frozenset(
+    f"aten.{name}"
+    for name in (
+        "view", "_unsafe_view", "reshape", "transpose", "permute", "unsqueeze", "squeeze", "slice",
+        "expand", "select", "alias", "detach", "split", "split_with_sizes", "chunk", "t", "unbind",
+        "flatten", "unflatten", "narrow", "expand_as", "view_as", "numpy_T",
+    )
+)  # fmt: skip
+_MATMULS = frozenset(
+    f"aten.{name}" for name in ("linear", "mm", "addmm", "matmul", "bmm", "baddbmm")
+)
+
+
+@dataclass(frozen=True, slots=True)
+class OpCost:
+    """One operator: ``kind`` is gemm, attention, copy or view; ``rows`` the rows of a GEMM or the
+    query length of attention; ``bytes`` what it reads and writes (for attention: the KV)."""
+
+    kind: str
+    flops: Expr
+    bytes: Expr
+    rows: Expr
+
+
+def base_target(op: Op) -> str:
+    """The operator without its overload: ``aten.add.Tensor`` is ``aten.add``."""
+    parts = op.target.split(".")
+    return ".".join(parts[:2])
+
+
+def is_view(op: Op) -> bool:
+    """Whether the operator only renames memory."""
+    return op.target == "getitem" or base_target(op) in VIEWS
+
+
+def op_cost(op: Op, values: Mapping[str, Value], weights: Mapping[str, Weight]) -> OpCost:
+    """The symbolic cost of one operator of a body."""
+    zero = sympy.Integer(0)
+    if is_view(op) or op.target == "dovetail.experts":
+        return OpCost("view", zero, zero, zero)
+    if op.target == "dovetail.attention":
+        return _attention_cost(op, values)
+    outs = sum((_nbytes(values[name]) for name in op.outs if name in values), zero)
+    inputs = zero
+    for name in op.uses():
+        if name in values:
+            inputs += _nbytes(values[name])
+    if base_target(op) == "aten.embedding":
+        return OpCost("copy", zero, 2 * outs, zero)
+    if base_target(op) in _MATMULS:
+        out = values[op.outs[0]]
+        depth = _shape(_matrix_operand(op), values, weights)[-1]
+        rows = sympy.Mul(*out.shape[:-1])
+        return OpCost("gemm", 2 * sympy.Mul(*out.shape) * depth, inputs + outs, rows)
+    return OpCost("copy", zero, inputs + outs, zero)
+
+
+def _matrix_operand(op: Op) -> Arg:
+    first = 1 if base_target(op) in ("aten.addmm", "aten.baddbmm") else 0
+    return op.args[first]
+
+
+def _attention_cost(op: Op, values: Mapping[str, Value]) -> OpCost:
+    q, k, v = (_shape(arg, values, {}) for arg in op.args[:3])
+    seqs, heads, q_len, dim = q
+    kv_len = k[2]
+    flops = 2 * seqs * heads * q_len * kv_len * (dim + v[3])
+    kv = sum((_nbytes(values[arg.name]) for arg in op.args[1:3] if isinstance(arg, Ref)), 0)
+    return OpCost("attention", flops, to_expr(kv), q_len)
+
+
+def _shape(
+    arg: Arg, values: Mapping[str, Value], weights: Mapping[str, Weight]
+) -> tuple[Expr, ...]:
+    assert isinstance(arg, Ref), f"expected a tensor argument, found {arg!r}"
+    if arg.name in values:
+        return values[arg.name].shape
+    return tuple(to_expr(size) for size in weights[arg.name].shape)
+
+
+def _nbytes(value: Value) -> Expr:
+    return sympy.Mul(*value.shape) * ITEMSIZE[value.dtype]
+
+
+def task_flops(task: Task, body: Body) -> Expr:
+    """FLOPs of a task in the dims; for experts, of all routed tokens."""
+    if task.experts is not None:
+        op = task.ops[0]
+        assert isinstance(op.args[1], Ref)
+        routed = sympy.Mul(*body.values[op.args[1].name].shape)
+        return 2 * routed * expert_parameters(task.experts)
+    weights = {w.fqn: w for w in task.weights}
+    return sum((op_cost(op, body.values, weights).flops for op in task.ops), sympy.Integer(0))
+
+
+def expert_parameters(experts: Experts) -> int:
+    """Weights of one expert that a token multiplies with."""
+    return sum(
+        t.nbytes // ITEMSIZE[t.dtype] for t in experts.tensors if not t.part.endswith("bias")
+    )
+
+
+class Costs:
+    """Seconds of tasks on one worker of a machine; results are remembered."""
+
+    def __init__(self, machine: Machine) -> None:
+        self._machine = machine
+        self._ops: dict[tuple[int, str], list[OpCost]] = {}
+        self._known: dict[tuple[int, str, int, int, int], float] = {}
+
+    @cached_property
+    def _view_seconds(self) -> float:
+        return self._machine.op_seconds / 2
+
+    def task_seconds(
+        self, task: Task, body: Body, dtype: str, *, seqs: int, q_len: int, past: int
+    ) -> float:
+        """Seconds of a task that is not routed experts, for one group."""
+        key = (id(body), task.name, seqs, q_len, past)
+        if key not in self._known:
+            dims = {"seqs": seqs, "q_len": q_len, "past": past}
+            costs = self._task_costs(task, body)
+            self._known[key] = sum(self._op_seconds(cost, dtype, dims) for cost in costs)
+        return self._known[key]
+
+    def _task_costs(self, task: Task, body: Body) -> list[OpCost]:
+        key = (id(body), task.name)
+        if key not in self._ops:
+            weights = {w.fqn: w for w in task.weights}
+            self._ops[key] = [op_cost(op, body.values, weights) for op in task.ops]
+        return self._ops[key]
+
+    def _op_seconds(self, cost: OpCost, dtype: str, dims: dict[str, int]) -> float:
+        machine = self._machine
+        if cost.kind == "view":
+            return self._view_seconds
+        fixed = machine.op_seconds
+        nbytes = evaluate(cost.bytes, **dims)
+        if cost.kind == "copy":
+            return fixed + nbytes / machine.memory_bandwidth
+        flops = evaluate(cost.flops, **dims)
+        if cost.kind == "gemm":
+            return fixed + flops / self.curve("gemm", dtype).at(evaluate(cost.rows, **dims))
+        if dims["q_len"] == 1:
+            one = nbytes / dims["seqs"]
+            return fixed + nbytes / self.curve("kv_bandwidth", dtype).at(max(one, 1.0))
+        return fixed + flops / self.curve("attention", dtype).at(dims["q_len"])
+
+    def curve(self, name: str, dtype: str) -> Curve:
+        """The machine's curve ``name`` for ``dtype``; raises PlanError if it was not measured."""
+        curves: Mapping[str, Curve] = getattr(self._machine, name)
+        if dtype not in curves:
+            raise PlanError(
+                f"machine {self._machine.name!r} has no {name} curve for {dtype}, found "
+                f"{', '.join(curves) or 'none'}; run `dovetail calibrate`"
+            )
+        return curves[dtype]
+
+    def expert_seconds(self, experts: Experts, dtype: str, rows: float, tile: int) -> float:
+        """Seconds of one expert over ``rows`` tokens in GEMMs of at most ``tile`` rows."""
+        if rows <= 0:
+            return 0.0
+        item = ITEMSIZE[dtype]
+        flops = 2 * rows * expert_parameters(experts)
+        moved = rows * (4 * experts.hidden + 6 * experts.intermediate) * item
+        ops = 12 * self._machine.op_seconds * max(1.0, rows / tile)
+        rate = self.curve("gemm", dtype).at(min(rows, tile))
+        return flops / rate + moved / self._machine.memory_bandwidth + ops

@@ -1,0 +1,247 @@
+"""Memory: `layout -> bytes of the ram tier, by what they hold`.
+
+Weights and buffers are counted as the runtime allocates them, whole blocks included; activations
+by walking each segment's operators and keeping the most that is alive at once.
+"""
+
+import functools
+import math
+from collections.abc import Iterable
+
+from dovetail.ir.expr import evaluate
+from dovetail.ir.task_graph import ITEMSIZE, Body, Op, Ref, Task, TaskGraph
+from dovetail.passes.apply_moves import Layout
+from dovetail.passes.cost import is_view
+from dovetail.ir.placement import (
+    dense_weights,
+    embed_weights,
+    expert_bytes,
+    experts_of,
+    head_weights,
+    weights_bytes,
+)
+
+KERNEL_BYTES = 768 << 10
+"""Generated code and tables that oneDNN keeps per shape of a 16-bit GEMM (see runtime.linear)."""
+KERNEL_BUCKETS = 6
+"""Buckets of rows that a run is expected to meet per weight shape."""
+RESERVE_FIXED = 256 << 10
+"""Bytes kept back for the allocator, the journal and Python objects of a run."""
+RESERVE_SHARE = 0.05
+"""Share of all else kept back for fragmentation."""
+
+
+def ring_bytes(layout: Layout) -> dict[str, int]:
+    """Bytes of one buffer of every ring that the layout streams through."""
+    graph, sizes = layout.graph, {}
+    layers = range(len(graph.layers))
+    dense = [weights_bytes(dense_weights(graph.body(i))) for i in layers if not layout.dense_resident[i]]
+    if dense:
+        sizes["dense"] = max(dense)
+    experts = [e for i in layers if layout.chunks(i) and (e := experts_of(graph, i))]
+    if experts:
+        sizes["experts"] = layout.chunk * max(expert_bytes(e) for e in experts)
+    if not layout.head_resident:
+        sizes["head"] = weights_bytes(head_weights(graph))
+    return sizes
+
+
+def resident_bytes(layout: Layout) -> int:
+    """Bytes of all units that stay in ram."""
+    graph, total = layout.graph, 0
+    if layout.embed_resident:
+        total += weights_bytes(embed_weights(graph))
+    if layout.head_resident:
+        total += weights_bytes(head_weights(graph))
+    for layer in range(len(graph.layers)):
+        if layout.dense_resident[layer]:
+            total += weights_bytes(dense_weights(graph.body(layer)))
+        if experts := experts_of(graph, layer):
+            total += layout.experts_resident[layer] * expert_bytes(experts)
+    return total
+
+
+def ram_bytes(layout: Layout) -> dict[str, int]:
+    """Peak bytes of the ram tier: resident weights, rings, KV store, token buffers, activations
+    and the reserve."""
+    rings = {name: size * layout.prefetch[name].slots for name, size in ring_bytes(layout).items()}
+    parts = {
+        "resident": resident_bytes(layout),
+        "rings": sum(rings.values()),
+        "kv": layout.dispatch.kv_tokens * layout.graph.kv_bytes_per_token,
+        "tokens": token_buffer_bytes(layout),
+        "activations": activation_bytes(layout),
+        "kernels": kernel_bytes(layout.graph),
+    }
+    parts["reserve"] = RESERVE_FIXED + int(RESERVE_SHARE * sum(parts.values()))
+    return parts
+
+
+def kernel_bytes(graph: TaskGraph) -> int:
+    """What the GEMM library keeps: generated code for every weight shape and bucket of rows."""
+    if ITEMSIZE[graph.dtype] != 2:
+        return 0
+    bodies = (graph.prologue, *graph.bodies, graph.epilogue)
+    weights = {w.shape for b in bodies for t in b.tasks for w in t.weights if len(w.shape) == 2}
+    experts = {t.shape for b in bodies if b.experts and b.experts.experts for t in b.experts.experts.tensors}
+    return len(weights | experts) * KERNEL_BUCKETS * KERNEL_BYTES
+
+
+def step_tokens(layout: Layout) -> int:
+    """Most new tokens of a step: one per sequence in decode, beside the prompts admitted."""
+    return layout.dispatch.prefill_tokens + layout.dispatch.seqs
+
+
+def token_buffer_bytes(layout: Layout) -> int:
+    """Buffers that gather all groups' tokens for the experts: inputs, routing, and one float32
+    accumulator per worker."""
+    specs = [e for i in range(len(layout.graph.layers)) if (e := experts_of(layout.graph, i))]
+    if not specs:
+        return 0
+    hidden = max(e.hidden for e in specs)
+    top_k = max(e.top_k for e in specs)
+    item = ITEMSIZE[layout.graph.dtype]
+    per_token = hidden * item + top_k * (8 + 4 + 24) + hidden * max(4, item) * layout.workers
+    return step_tokens(layout) * per_token
+
+
+def activation_bytes(layout: Layout) -> int:
+    """Values that live between segments, for all tokens of a step, and the temporaries of one
+    segment on every worker."""
+    graph = layout.graph
+    tokens = step_tokens(layout)
+    held = max(_held_bytes(graph, body) for body in graph.bodies) * tokens
+    held += _shared_bytes(graph) * tokens
+    temporaries = max(_segment_bytes(layout, body) for body in (graph.prologue, *graph.bodies))
+    workers = layout.workers
+    return held + workers * max(temporaries, _expert_temporaries(layout), _head_bytes(layout))
+
+
+def _held_bytes(graph: TaskGraph, body: Body) -> int:
+    """Bytes per token of what crosses from one task to another around the experts."""
+    names = set(body.outputs)
+    if body.experts:
+        at = body.tasks.index(body.experts)
+        before = {name for task in body.tasks[:at] for name in task.writes} | set(body.inputs[:1])
+        names |= {n for task in body.tasks[at:] for n in task.reads if n in before}
+    return _per_token(body, names) + 2 * graph.hidden * ITEMSIZE[graph.dtype]
+
+
+def _shared_bytes(graph: TaskGraph) -> int:
+    return _per_token(graph.prologue, graph.shared) + 16
+
+
+def _per_token(body: Body, names: Iterable[str]) -> int:
+    values = (body.values[name] for name in names if name in body.values)
+    return sum(
+        math.ceil(_value_bytes(v.shape, v.dtype, 1, 64, 0) / 64) for v in values
+    )
+
+
+def _group_shapes(layout: Layout) -> list[tuple[int, int, int]]:
+    """Corner cases of a group's (seqs, q_len, past)."""
+    dispatch, context = layout.dispatch, layout.graph.context
+    rows = min(layout.rows, dispatch.seqs)
+    tokens = max(dispatch.longest, min(layout.attn_tokens, dispatch.prefill_tokens))
+    longest = dispatch.longest
+    decode = max(1, min(dispatch.kv_tokens // max(1, rows), context) - 1)
+    shapes = [(max(1, min(rows, tokens // longest)), longest, 0), (rows, 1, decode)]
+    many = min(rows, tokens)
+    shapes.append((many, max(1, tokens // many), 0))
+    return shapes
+
+
+def _segment_bytes(layout: Layout, body: Body) -> int:
+    tasks = [task for task in body.tasks if task.experts is None]
+    return max(live_bytes(body, tuple(tasks), shape) for shape in _group_shapes(layout))
+
+
+def _head_bytes(layout: Layout) -> int:
+    rows = min(layout.head_rows, layout.dispatch.seqs)
+    body = layout.graph.epilogue
+    logits = rows * layout.graph.vocab * 4
+    return live_bytes(body, body.tasks, (rows, 1, 0)) + logits
+
+
+def _expert_temporaries(layout: Layout) -> int:
+    item, most = ITEMSIZE[layout.graph.dtype], 0
+    for layer in range(len(layout.graph.layers)):
+        if experts := experts_of(layout.graph, layer):
+            rows = min(layout.expert_rows, step_tokens(layout) * experts.top_k)
+            width = 2 * experts.hidden + 5 * experts.intermediate
+            most = max(most, rows * (width * item + 4 * experts.hidden))
+    return most
+
+
+def live_bytes(body: Body, tasks: tuple[Task, ...], shape: tuple[int, int, int]) -> int:
+    """Most bytes alive at once while ``tasks`` run one group of ``(seqs, q_len, past)``."""
+    return _live_bytes(_Key(body), tuple(t.name for t in tasks), shape)
+
+
+class _Key:
+    """A body, hashed by identity so that results can be remembered."""
+
+    def __init__(self, body: Body) -> None:
+        self.body = body
+
+    def __hash__(self) -> int:
+        return id(self.body)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Key) and other.body is self.body
+
+
+@functools.lru_cache(maxsize=4096)
+def _live_bytes(key: _Key, names: tuple[str, ...], shape: tuple[int, int, int]) -> int:
+    body = key.body
+    ops = [op for task in body.tasks if task.name in names for op in task.ops]
+    owner = _owners(ops)
+    last: dict[str, int] = {}
+    for index, op in enumerate(ops):
+        for name in op.uses():
+            last[owner.get(name, name)] = index
+    alive: dict[str, int] = {}
+    peak = 0
+    for index, op in enumerate(ops):
+        for name in op.outs:
+            if owner.get(name, name) == name and name in body.values:
+                value = body.values[name]
+                alive[name] = int(_value_bytes(value.shape, value.dtype, *shape))
+        scratch = _scratch_bytes(op, body, shape)
+        peak = max(peak, sum(alive.values()) + scratch)
+        for name in [n for n in alive if last.get(n, -1) <= index and n not in body.outputs]:
+            del alive[name]
+    return peak
+
+
+def _owners(ops: Iterable[Op]) -> dict[str, str]:
+    """The value whose memory each value shares: its own, or that of what it is a view of. The KV
+    store's values are in its own pool and own nothing."""
+    owner: dict[str, str] = {}
+    for op in ops:
+        if is_view(op) and isinstance(op.args[0], Ref):
+            for name in op.outs:
+                owner[name] = owner.get(op.args[0].name, op.args[0].name)
+        elif op.target == "dovetail.kv_update":
+            for name, arg in zip(op.outs, op.args, strict=True):
+                assert isinstance(arg, Ref)
+                owner[name] = owner.get(arg.name, arg.name)
+    return owner
+
+
+def _scratch_bytes(op: Op, body: Body, shape: tuple[int, int, int]) -> int:
+    """What an attention kernel needs beside its output: a mask or a tile of scores."""
+    if op.target != "dovetail.attention":
+        return 0
+    seqs, q_len, past = shape
+    assert isinstance(op.args[0], Ref)
+    heads = int(evaluate(body.values[op.args[0].name].shape[1], seqs=1, q_len=1, past=0))
+    tile = min(q_len, 256) * (past + q_len) * 4
+    return seqs * (past + q_len) + (heads * tile * 2 if op.args[3] is not None else tile)
+
+
+def _value_bytes(shape: tuple[object, ...], dtype: str, seqs: int, q_len: int, past: int) -> float:
+    size = 1.0
+    for dim in shape:
+        size *= evaluate(dim, seqs=seqs, q_len=q_len, past=past)  # type: ignore[arg-type]
+    return size * ITEMSIZE[dtype]

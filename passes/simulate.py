@@ -1,0 +1,362 @@
+"""Simulate: `program, step -> timeline`, and `workload -> prediction`.
+
+Every engine runs its list in order; a wait ends when what it waits for has happened. Engines slow
+each other as the machine was calibrated. Steps of one shape are simulated once, in steady state.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+from dovetail.ir.batching import Batcher, Group, Member, Request, Step, group_shares
+from dovetail.ir.errors import VerifyError
+from dovetail.ir.machine import Machine
+from dovetail.ir.plan import Prediction
+from dovetail.ir.program import Flat, Free, Load, Program, Run, Segment, Signal, Wait, unroll
+from dovetail.ir.timeline import Span, Timeline, seconds_by_class
+from dovetail.ir.workload import Workload
+from dovetail.passes.apply_moves import Layout
+from dovetail.passes.cost import Costs
+from dovetail.passes.lower import lower, segment_body
+from dovetail.passes.memory import ram_bytes, resident_bytes
+from dovetail.ir.placement import (
+    dense_weights,
+    experts_of,
+    head_weights,
+)
+
+ROW_READ_SECONDS = 1e-4
+"""One embedding row read from disk: a small random read."""
+QUANTUM = 64
+"""KV lengths are rounded up to this many tokens, so that similar steps share a simulation."""
+
+
+class Durations:
+    """Seconds of every instruction of a layout's program in one step."""
+
+    def __init__(self, layout: Layout, program: Program, machine: Machine, costs: Costs) -> None:
+        self._layout, self._program = layout, program
+        self._machine, self._costs = machine, costs
+        self._segments = {segment.name: segment for segment in program.segments}
+        self._bodies = {s.name: segment_body(layout.graph, s) for s in program.segments}
+        busy = machine.keeps("cpu", "cpu") if layout.workers > 1 else 1.0
+        self.speed = {"cpu": busy * _thread_speedup(machine, layout.threads), "disk": 1.0}
+        self._load_bytes = {
+            (ring, layer): size for ring, layer, size in _streamed_bytes(layout)
+        }
+
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes read in one step."""
+        return sum(
+            size * (self._layout.chunks(layer) if ring == "experts" else 1)
+            for (ring, layer), size in self._load_bytes.items()
+        )
+
+    def contend(self, cpu_busy: float, disk_busy: float) -> None:
+        """Slow compute and disk by the share of the step in which the other is busy."""
+        cpu_keeps = self._machine.keeps("cpu", "disk")
+        disk_keeps = self._machine.keeps("disk", "cpu")
+        self.speed["cpu"] *= 1 - (1 - cpu_keeps) * disk_busy
+        self.speed["disk"] *= 1 - (1 - disk_keeps) * cpu_busy
+
+    def of(self, item: Load | Run, worker: int, step: Step) -> float:
+        """Seconds of a load or run."""
+        if isinstance(item, Load):
+            layer = -1 if item.ring == "head" else item.layer
+            block = self._layout.prefetch[item.ring].block
+            nbytes = self._load_bytes[item.ring, layer]
+            rate = self._machine.disk.at(min(block, nbytes)) * self.speed["disk"]
+            return nbytes / rate
+        segment = self._segments[item.segment]
+        if segment.over == "experts":
+            return self._experts(item, step) / self.speed["cpu"]
+        if segment.over == "seqs":
+            return self._head(segment, step) / self.speed["cpu"]
+        seconds = self._groups(segment, worker, step) / self.speed["cpu"]
+        if item.unit == "disk rows":
+            seconds += step.tokens / self._layout.workers * ROW_READ_SECONDS
+        return seconds
+
+    def _groups(self, segment: Segment, worker: int, step: Step) -> float:
+        shares = group_shares(step, self._layout.workers)
+        groups = [step.groups[i] for i in shares[worker]]
+        return sum(self._group(segment, g) for g in groups)
+
+    def _group(self, segment: Segment, group: Group) -> float:
+        body = self._bodies[segment.name]
+        past = -(-group.past // QUANTUM) * QUANTUM if group.past else 0
+        return sum(
+            self._costs.task_seconds(
+                task,
+                body,
+                self._layout.graph.dtype,
+                seqs=len(group.members),
+                q_len=group.q_len,
+                past=past,
+            )
+            for task in body.tasks
+            if task.name in segment.tasks
+        )
+
+    def _head(self, segment: Segment, step: Step) -> float:
+        layout, body = self._layout, self._bodies[segment.name]
+        seqs = -(-step.seqs // layout.workers)
+        tiles = -(-seqs // layout.head_rows)
+        return tiles * sum(
+            self._costs.task_seconds(
+                task, body, layout.graph.dtype, seqs=-(-seqs // tiles), q_len=1, past=0
+            )
+            for task in body.tasks
+            if task.name in segment.tasks
+        )
+
+    def _experts(self, run: Run, step: Step) -> float:
+        """Uniform routing: every expert that is hit gets an equal share of the tokens."""
+        layout = self._layout
+        experts = experts_of(layout.graph, run.layer)
+        assert experts is not None
+        tokens = sum(sum(group.lengths) for group in step.groups)
+        hit = 1 - (1 - experts.top_k / experts.count) ** tokens
+        rows = tokens * experts.top_k / (experts.count * hit)
+        count = len(self._program.settings.chunk_experts(run.layer, run.chunk)) * hit
+        one = self._costs.expert_seconds(experts, layout.graph.dtype, rows, layout.expert_rows)
+        return count * one / layout.workers
+
+
+def _thread_speedup(machine: Machine, threads: int) -> float:
+    """Rate of one worker with several threads: as far as all cores together allow."""
+    if threads <= 1:
+        return 1.0
+    return max(1.0, threads * machine.keeps("cpu", "cpu"))
+
+
+def _streamed_bytes(layout: Layout) -> Iterator[tuple[str, int, int]]:
+    graph = layout.graph
+    for layer in range(len(graph.layers)):
+        if not layout.dense_resident[layer]:
+            yield "dense", layer, sum(w.nbytes for w in dense_weights(graph.body(layer)))
+        experts = experts_of(graph, layer)
+        if experts and layout.chunks(layer):
+            yield "experts", layer, layout.chunk * experts.nbytes
+    if not layout.head_resident:
+        yield "head", -1, sum(w.nbytes for w in head_weights(graph))
+
+
+@dataclass(slots=True)
+class _State:
+    """Times at which things happened, by name."""
+
+    ready: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    freed: dict[str, list[list[float]]] = field(default_factory=lambda: defaultdict(list))
+    phases: dict[tuple[str, int], list[float]] = field(default_factory=lambda: defaultdict(list))
+
+
+class _Engine:
+    """One engine's place in its list of instructions."""
+
+    def __init__(self, name: str, number: int, items: list[tuple[int, Flat]]) -> None:
+        self.name, self.number, self.items = name, number, items
+        self.at, self.now = 0, 0.0
+        self.loads: dict[str, int] = defaultdict(int)
+        self.waits: dict[str, int] = defaultdict(int)
+        self.frees: dict[str, int] = defaultdict(int)
+        self.phases: dict[str, int] = defaultdict(int)
+        self.signals: dict[str, int] = defaultdict(int)
+
+
+def simulate_steps(
+    program: Program, durations: Durations, steps: Iterable[Step]
+) -> Timeline:
+    """The timeline of these steps one after the other, the disk engine running ahead."""
+    steps = list(steps)
+    engines = []
+    for number, (name, instructions) in enumerate(program.engines.items()):
+        flat = list(unroll(instructions))
+        items = [(index, item) for index in range(len(steps)) for item in flat]
+        engines.append(_Engine(name, number, items))
+    state, spans = _State(), []
+    workers = len(program.workers)
+    moved = True
+    while moved:
+        moved = False
+        for engine in engines:
+            while engine.at < len(engine.items):
+                step, item = engine.items[engine.at]
+                until = _passes(engine, item, state, program, workers)
+                if until is None:
+                    break
+                spans += _advance(engine, item, until, step, steps[step], durations, state)
+                engine.at += 1
+                moved = True
+    stuck = [e for e in engines if e.at < len(e.items)]
+    if stuck:
+        where = "; ".join(f"{e.name} at {e.items[e.at][1]}" for e in stuck)
+        raise VerifyError(f"engines wait for each other in a cycle: {where}")
+    return Timeline("predicted", tuple(spans))
+
+
+def _passes(
+    engine: _Engine, item: Flat, state: _State, program: Program, workers: int
+) -> float | None:
+    """When a wait ends (now, for other instructions), or None while that is unknown."""
+    if not isinstance(item, Wait):
+        return engine.now
+    if item.what == "ready":
+        n = engine.waits[item.name]
+        times = state.ready[item.name]
+        return max(engine.now, times[n]) if n < len(times) else None
+    if item.what == "room":
+        ring = program.ring(item.name)
+        n = engine.loads[item.name] - ring.slots
+        if n < 0:
+            return engine.now
+        freed = state.freed[item.name]
+        if n >= len(freed) or len(freed[n]) < ring.consumers:
+            return None
+        return max(engine.now, *freed[n])
+    signals = state.phases[item.name, engine.phases[item.name]]
+    return max(engine.now, *signals) if len(signals) == workers else None
+
+
+def _advance(
+    engine: _Engine,
+    item: Flat,
+    until: float,
+    number: int,
+    step: Step,
+    durations: Durations,
+    state: _State,
+) -> list[Span]:
+    start = engine.now
+    if isinstance(item, Wait):
+        engine.now = until
+        if item.what == "ready":
+            engine.waits[item.name] += 1
+        elif item.what == "phase":
+            engine.phases[item.name] += 1
+        kind, name, layer = "wait", item.name, -1
+    elif isinstance(item, Signal):
+        if item.what == "ready":
+            state.ready[item.name].append(start)
+        else:
+            state.phases[item.name, engine.signals[item.name]].append(start)
+            engine.signals[item.name] += 1
+        return []
+    elif isinstance(item, Free):
+        freed, n = state.freed[item.ring], engine.frees[item.ring]
+        while len(freed) <= n:
+            freed.append([])
+        freed[n].append(start)
+        engine.frees[item.ring] += 1
+        return []
+    else:
+        engine.now = start + durations.of(item, engine.number, step)
+        if isinstance(item, Load):
+            engine.loads[item.ring] += 1
+            kind, name, layer = "load", item.ring, item.layer
+        else:
+            kind, name, layer = "run", item.segment, item.layer
+    if engine.now == start:
+        return []
+    return [Span(engine.name, kind, name, layer, start, engine.now, number)]
+
+
+class Simulator:
+    """Predicts a layout on a machine."""
+
+    def __init__(self, layout: Layout, machine: Machine, costs: Costs) -> None:
+        self.layout, self.machine, self._costs = layout, machine, costs
+        self.program = lower(layout, {})
+        self._known: dict[tuple[object, ...], tuple[float, dict[str, float]]] = {}
+
+    def steady(self, step: Step) -> Timeline:
+        """The timeline of one step among equal ones, from its first to its last instruction."""
+        durations = self._contended(step)
+        timeline = simulate_steps(self.program, durations, [step, step, step])
+        return timeline.step(1)
+
+    def step_seconds(self, step: Step) -> tuple[float, dict[str, float]]:
+        """Seconds of a step in steady state and the busy seconds by task class."""
+        key = _signature(step)
+        if key not in self._known:
+            durations = self._contended(step)
+            timeline = simulate_steps(self.program, durations, [step, step])
+            ends = [max(s.end for s in timeline.step(i).spans) for i in (0, 1)]
+            if "disk0" in self.program.engines:
+                cpu = [s for s in timeline.spans if s.engine != "disk0"]
+                ends = [max(s.end for s in cpu if s.step == i) for i in (0, 1)]
+            classes = seconds_by_class(timeline.step(1).spans)
+            self._known[key] = (ends[1] - ends[0], classes)
+        return self._known[key]
+
+    def _contended(self, step: Step) -> Durations:
+        durations = Durations(self.layout, self.program, self.machine, self._costs)
+        if "disk0" not in self.program.engines:
+            return durations
+        timeline = simulate_steps(self.program, durations, [step])
+        total = timeline.seconds or 1.0
+        classes = seconds_by_class(timeline.spans)
+        disk = sum(s for c, s in classes.items() if c.startswith("load:")) / total
+        cpu = sum(s for c, s in classes.items() if c.startswith("run:")) / total
+        durations.contend(min(1.0, cpu / self.layout.workers), min(1.0, disk))
+        return durations
+
+    def predict(self, workload: Workload) -> Prediction:
+        """Time and bytes of the whole workload, every sequence at its full length."""
+        return self.predict_steps(workload_steps(self.layout, workload))
+
+    def predict_steps(self, steps: Iterable[Step]) -> Prediction:
+        """Time and bytes of these steps, set-up included."""
+        layout = self.layout
+        setup = resident_bytes(layout)
+        setup_seconds = setup / self.machine.disk.at(8 << 20)
+        seconds, count, tokens = setup_seconds, 0, 0
+        classes: dict[str, float] = defaultdict(float)
+        for step in steps:
+            one, parts = self.step_seconds(step)
+            seconds += one
+            count += 1
+            tokens += step.seqs
+            for name, value in parts.items():
+                classes[name] += value
+        per_step = Durations(layout, self.program, self.machine, self._costs).disk_bytes
+        return Prediction(
+            seconds=seconds,
+            setup_seconds=setup_seconds,
+            steps=count,
+            tokens=tokens,
+            disk_bytes=per_step * count + setup,
+            bytes=ram_bytes(layout),
+            classes=dict(classes),
+        )
+
+
+def workload_steps(layout: Layout, workload: Workload) -> Iterator[Step]:
+    """The steps that the batcher forms when no sequence stops early."""
+    lengths = workload.each()
+    requests = [Request(i, length, workload.new_tokens) for i, length in enumerate(lengths)]
+    batcher = Batcher(requests, layout.admission)
+    while (step := batcher.next_step()) is not None:
+        yield step
+        batcher.advance(step)
+
+
+def _signature(step: Step) -> tuple[object, ...]:
+    return tuple(
+        sorted(
+            (g.prefill, len(g.members), -(-g.q_len // 8) if g.prefill else 1, -(-g.past // QUANTUM))
+            for g in step.groups
+        )
+    )
+
+
+def decode_step(seqs: int, rows: int, held: int) -> Step:
+    """A step of ``seqs`` sequences in decode, each with ``held`` tokens, in groups of ``rows``."""
+    groups = []
+    for start in range(0, seqs, rows):
+        members = tuple(
+            Member(i, i * (held + 1), held) for i in range(start, min(seqs, start + rows))
+        )
+        groups.append(Group(False, members, (1,) * len(members), 1, held + 1))
+    return Step(tuple(groups))

@@ -1,0 +1,112 @@
+"""The generation loop: steps from the batcher, through the executor, to finished sequences."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dovetail.ir.batching import Batcher, Group, Request, Step
+from dovetail.ir.program import Program
+from dovetail.ir.task_graph import TaskGraph
+from dovetail.runtime.executor import Runtime
+from dovetail.runtime.safetensors_index import CheckpointIndex
+from dovetail.runtime.sampling import Sampling, choose
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A sequence that has left: the generated tokens, the end-of-sequence token included, and why
+    it ended (``stop`` or ``length``)."""
+
+    index: int
+    tokens: tuple[int, ...]
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """What a step brought: sequences that left and how many tokens were generated."""
+
+    step: Step
+    finished: tuple[Finished, ...]
+    tokens: int
+
+
+class Generator:
+    """Generates for many prompts under one program.
+
+    ``prompts`` maps each request's index to its token ids. Use as a context manager; ``steps``
+    yields a report per step. Raises what the executor raises.
+    """
+
+    def __init__(
+        self,
+        graph: TaskGraph,
+        program: Program,
+        constants: Mapping[str, Tensor],
+        index: CheckpointIndex,
+        functions: Mapping[str, Any],
+        sampling: Sampling,
+        stop_tokens: Sequence[int],
+    ) -> None:
+        self._sampling, self._stop = sampling, frozenset(stop_tokens)
+        self._admission = program.settings.admission
+        self._made: dict[int, list[int]] = {}
+        self._order: list[int] = []
+        self.runtime = Runtime(graph, program, constants, index, functions, self._choose)
+
+    def __enter__(self) -> "Generator":
+        self.runtime.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.runtime.stop()
+
+    def steps(
+        self, requests: Sequence[Request], prompt: Callable[[int], Sequence[int]]
+    ) -> Iterator[StepReport]:
+        """Run all requests to their end; ``prompt(index)`` gives a request's token ids."""
+        limits = {request.index: request.new_tokens for request in requests}
+        batcher = Batcher(requests, self._admission)
+        while (step := batcher.next_step()) is not None:
+            self._order = [m.index for group in step.groups for m in group.members]
+            inputs = [self._inputs(group, prompt) for group in step.groups]
+            tokens = self.runtime.run_step(step, inputs).tolist()
+            stopped = []
+            for index, token in zip(self._order, tokens, strict=True):
+                self._made.setdefault(index, []).append(token)
+                if token in self._stop:
+                    stopped.append(index)
+            left = batcher.advance(step, stopped)
+            yield StepReport(step, tuple(self._leave(i, stopped, limits) for i in left), len(tokens))
+
+    def _leave(self, index: int, stopped: list[int], limits: Mapping[int, int]) -> Finished:
+        tokens = tuple(self._made.pop(index))
+        assert len(tokens) <= limits[index]
+        return Finished(index, tokens, "stop" if index in stopped else "length")
+
+    def _inputs(
+        self, group: Group, prompt: Callable[[int], Sequence[int]]
+    ) -> dict[str, Tensor]:
+        """Token ids and positions of a group, ``[seqs, q_len]``, zeros where padded."""
+        if not group.prefill:
+            ids = [[self._made[member.index][-1]] for member in group.members]
+            positions = [[member.held] for member in group.members]
+            return {"input_ids": torch.tensor(ids), "position_ids": torch.tensor(positions)}
+        padded = torch.zeros((len(group.members), group.q_len), dtype=torch.int64)
+        for row, member in zip(padded, group.members, strict=True):
+            tokens = prompt(member.index)
+            row[: len(tokens)] = torch.tensor(tokens)
+        positions = torch.arange(group.q_len).expand(len(group.members), -1)
+        return {"input_ids": padded, "position_ids": positions}
+
+    def _choose(self, logits: Tensor, places: range) -> Tensor:
+        who = []
+        if not self._sampling.greedy:
+            indices = (self._order[place] for place in places)
+            who = [(index, len(self._made.get(index, []))) for index in indices]
+        return choose(logits, self._sampling, who)
+
+

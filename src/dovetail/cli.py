@@ -1,0 +1,175 @@
+"""The command line. Every command prints results on standard output and all else on standard error;
+exit code 0 is done, 1 failed, 2 wrong use."""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from dovetail import __version__
+from dovetail.ir.errors import DovetailError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    parser = make_parser()
+    options = parser.parse_args(arguments)
+    logging.basicConfig(format="dovetail: %(message)s", level=logging.WARNING)
+    try:
+        return int(options.command(options))
+    except DovetailError as error:
+        print(f"dovetail: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("dovetail: interrupted; the same command continues where it stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 1
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    parser = argparse.ArgumentParser(
+        prog="dovetail",
+        description="Run Mixture-of-Experts models that are larger than memory.",
+    )
+    parser.add_argument("--version", action="version", version=f"dovetail {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    _demo_parser(commands.add_parser("demo", help="write a small real checkpoint and prompts"))
+    _run_parser(commands.add_parser("run", help="finish a file of prompts under a budget"))
+    _calibrate_parser(commands.add_parser("calibrate", help="measure this machine"))
+    plan = commands.add_parser("plan", help="make, show and compare plans")
+    actions = plan.add_subparsers(title="actions", required=True, metavar="ACTION")
+    _make_parser(actions.add_parser("make", help="plan without running"))
+    _show_parser(actions.add_parser("show", help="print a plan, its task graph and program"))
+    _check_parser(actions.add_parser("check", help="verify a plan without a solver"))
+    _diff_parser(actions.add_parser("diff", help="the moves in which two plans differ"))
+    _timeline_parser(actions.add_parser("timeline", help="write and draw the timeline"))
+    return parser
+
+
+def _demo_parser(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("directory", type=Path, metavar="DIR")
+    parser.add_argument("--size", default="demo", help="demo, 400MB, 1GB or OLMoE-1B-7B")
+    parser.add_argument("--dtype", help="float32 (demo) or bfloat16 (random weights) by default")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.set_defaults(command=_demo)
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from dovetail.demo import write_demo
+
+    dtype = options.dtype or ("float32" if options.size == "demo" else "bfloat16")
+    write_demo(options.directory, options.size, dtype, options.seed)
+    print(f"checkpoint and prompts.jsonl are in {options.directory}")
+    return 0
+
+
+def _model_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a model folder")
+    parser.add_argument("--prompts", type=Path, required=True, metavar="IN.jsonl")
+    parser.add_argument("--budget", help="such as ram=4GiB; half of this machine's by default")
+    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
+    parser.add_argument("--policy", default="auto", metavar="NAME")
+    parser.add_argument("--machine", default="", metavar="NAME|FILE", help="plan for this machine")
+    parser.add_argument("--skip-bad", action="store_true", help="leave bad prompt lines out")
+
+
+def _run_parser(parser: argparse.ArgumentParser) -> None:
+    _model_arguments(parser)
+    parser.add_argument("--out", type=Path, required=True, metavar="OUT.jsonl")
+    parser.add_argument("--plan", type=Path, metavar="PLAN.json", help="use this plan's schedule")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    parser.add_argument("--top-k", type=int, default=0)
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--ignore-eos", action="store_true", help="always generate N tokens")
+    parser.add_argument("--restart", action="store_true", help="discard what an earlier run did")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    parser.set_defaults(command=_run)
+
+
+def _run(options: argparse.Namespace) -> int:
+    from dovetail.run import run
+
+    return run(options)
+
+
+def _calibrate_parser(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--checkpoint", type=Path, help="measure the disk that holds this model")
+    parser.add_argument("--seconds", type=float, default=30.0)
+    parser.add_argument("-o", "--out", type=Path, help="write a machine file too")
+    parser.set_defaults(command=_calibrate)
+
+
+def _calibrate(options: argparse.Namespace) -> int:
+    from dovetail.calibration import calibrate_now
+
+    return calibrate_now(options.checkpoint, options.seconds, options.out)
+
+
+def _make_parser(parser: argparse.ArgumentParser) -> None:
+    _model_arguments(parser)
+    parser.add_argument("-o", "--out", type=Path, default=Path("plan.json"))
+    parser.set_defaults(command=_plan_make)
+
+
+def _plan_make(options: argparse.Namespace) -> int:
+    from dovetail.plan_commands import make
+
+    return make(options)
+
+
+def _show_parser(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("plan", type=Path)
+    parser.add_argument("--graph", action="store_true", help="print the task graph too")
+    parser.add_argument("--program", action="store_true", help="print the program too")
+    parser.set_defaults(command=_plan_show)
+
+
+def _plan_show(options: argparse.Namespace) -> int:
+    from dovetail.plan_commands import show
+
+    return show(options.plan, graph=options.graph, program=options.program)
+
+
+def _check_parser(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("plan", type=Path)
+    parser.set_defaults(command=_plan_check)
+
+
+def _plan_check(options: argparse.Namespace) -> int:
+    from dovetail.plan_commands import check
+
+    return check(options.plan)
+
+
+def _diff_parser(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("before", type=Path)
+    parser.add_argument("after", type=Path)
+    parser.set_defaults(command=_plan_diff)
+
+
+def _plan_diff(options: argparse.Namespace) -> int:
+    from dovetail.plan_commands import diff
+
+    return diff(options.before, options.after)
+
+
+def _timeline_parser(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("plan", type=Path, help="a plan, beside the graph.json it was made with")
+    parser.add_argument("-o", "--out", type=Path, default=Path("timeline.json"))
+    parser.add_argument("--picture", type=Path, help="PNG or SVG of one layer's steady state")
+    parser.set_defaults(command=_plan_timeline)
+
+
+def _plan_timeline(options: argparse.Namespace) -> int:
+    from dovetail.plan_commands import timeline
+
+    return timeline(options.plan, options.out, options.picture)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,140 @@
+"""The checks of `dovetail plan check`: a plan is sound, without a solver and without torch."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from dovetail.ir import codec
+from dovetail.ir.errors import BudgetError, PlanError
+from dovetail.ir.plan import Plan, load_plan
+from dovetail.ir.program import unroll
+from dovetail.ir.task_graph import TaskGraph
+from dovetail.ir.units import format_bytes, format_duration
+from dovetail.passes.apply_moves import Layout, apply_moves
+from dovetail.passes.bound import bound
+from dovetail.passes.lower import lower
+from dovetail.passes.memory import ram_bytes
+
+GRAPH_FILE = "graph.json"
+ROUNDING = 1e-9
+"""Share by which two sums of the same seconds may differ."""
+
+
+def load_graph(plan_path: Path, plan: Plan) -> TaskGraph:
+    """The task graph beside a plan; raises PlanError if it is missing, malformed or another one."""
+    path = plan_path.parent / GRAPH_FILE
+    try:
+        graph = codec.decode(json.loads(path.read_text(encoding="utf-8")), TaskGraph)
+    except FileNotFoundError:
+        raise PlanError(
+            f"{path}: missing; the plan's task graph is expected beside the plan: keep the files "
+            "of `dovetail plan make` or `dovetail run` together, or make the plan again"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise PlanError(f"{path}: not a readable task graph: {error}; plan again") from None
+    found = codec.digest(graph)
+    if found != plan.graph:
+        raise PlanError(
+            f"{path}: task graph {found[:12]}, but the plan is for {plan.graph[:12]}; put the "
+            "plan beside the graph it was made with, or plan again"
+        )
+    return graph
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a check that did not fail says; ``skipped`` if it lacked what it needs."""
+
+    text: str
+    skipped: bool = False
+
+
+class PlanCheck:
+    """The checks of one plan file, in order: each may use what those before it found."""
+
+    plan: Plan
+    graph: TaskGraph | None
+    layout: Layout
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def all(self) -> list[tuple[str, Callable[[], Found]]]:
+        """Name and check; a check raises DovetailError with the reason if it fails."""
+        return [
+            ("file", self.check_file),
+            ("graph", self.check_graph),
+            ("moves", self.check_moves),
+            ("program", self.check_program),
+            ("memory", self.check_memory),
+            ("bound", self.check_bound),
+        ]
+
+    def check_file(self) -> Found:
+        """The file is whole: its digest is that of its content."""
+        self.plan = load_plan(self.path)
+        return Found(f"whole, digest {self.plan.digest()[:12]}")
+
+    def check_graph(self) -> Found:
+        """The task graph beside it, if any, is legal and the one it was made for."""
+        from dovetail.ir.verify import verify_graph
+
+        self.graph = None
+        path = self.path.parent / GRAPH_FILE
+        if not path.exists():
+            return Found(f"{path} is not there: moves and program are not checked", skipped=True)
+        self.graph = load_graph(self.path, self.plan)
+        verify_graph(self.graph)
+        return Found(f"{GRAPH_FILE} is the plan's and legal, digest {self.plan.graph[:12]}")
+
+    def check_moves(self) -> Found:
+        """Every move applies."""
+        count = len(self.plan.moves)
+        if self.graph is None:
+            return Found(f"{count} moves, not replayed", skipped=True)
+        self.layout = apply_moves(self.graph, self.plan.moves)
+        return Found(f"{count} moves replay")
+
+    def check_program(self) -> Found:
+        """The program that they give is legal."""
+        from dovetail.ir.verify import verify_program
+
+        if self.graph is None:
+            return Found("not lowered", skipped=True)
+        program = lower(self.layout, self.plan.budget)
+        verify_program(program, self.graph)
+        count = sum(len(list(unroll(items))) for items in program.engines.values())
+        return Found(f"{count} instructions on {', '.join(program.engines)} are legal")
+
+    def check_memory(self) -> Found:
+        """The peak, computed again if there is a graph, is within the budget."""
+        budget = self.plan.budget["ram"]
+        if self.graph is None:
+            peak, source = self.plan.prediction.peak_bytes, "stated"
+        else:
+            peak, source = sum(ram_bytes(self.layout).values()), "computed again"
+        if peak > budget:
+            raise BudgetError(
+                f"the peak of ram is {format_bytes(peak, up=True)} ({source}), expected at most "
+                f"the budget of {format_bytes(budget)}; plan again"
+            )
+        return Found(f"peak {format_bytes(peak)} ({source}) of ram={format_bytes(budget)}")
+
+    def check_bound(self) -> Found:
+        """No schedule can be faster than the bound, so the prediction is not."""
+        plan, least, source = self.plan, self.plan.bound, "stated"
+        if self.graph is not None:
+            least = bound(self.graph, plan.machine, plan.budget["ram"], plan.workload)
+            source = "computed again"
+        seconds = plan.prediction.seconds
+        if least.seconds > seconds * (1 + ROUNDING):
+            raise PlanError(
+                f"the prediction of {format_duration(seconds)} is below the bound of "
+                f"{format_duration(least.seconds)} ({source}), which no schedule can beat; plan "
+                "again"
+            )
+        return Found(
+            f"{format_duration(least.seconds)} ({source}, {least.resource}) is at most the "
+            f"predicted {format_duration(seconds)}"
+        )

@@ -1,0 +1,200 @@
+"""Planning: `checkpoint, budget, workload -> plan`, with capture and calibration cached.
+
+`dovetail run` plans in a process of its own, so that what planning needs (transformers, the
+tracer, the search) is never in the memory of the process that runs.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from dovetail.cache import cache_folder
+from dovetail.capture.captured import Captured, load_captured
+from dovetail.checkpoint import ModelFolder
+from dovetail.ir import codec
+from dovetail.ir.errors import BudgetError, DovetailError, PlanError
+from dovetail.ir.machine import Machine
+from dovetail.ir.plan import Plan, load_plan, save_plan
+from dovetail.ir.units import format_bytes
+from dovetail.ir.workload import Workload
+
+PLAN_FILE = "plan.json"
+Note = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What to plan. ``machine`` names a machine file, "" for this machine; ``plan`` a plan file
+    whose moves are to be used instead of a search."""
+
+    checkpoint: str
+    budget: Mapping[str, int]
+    workload: Workload
+    policy: str = "auto"
+    knobs: Mapping[str, int | bool] | None = None
+    machine: str = ""
+    plan: str = ""
+
+
+def plan_here(request: Request, note: Note) -> tuple[Plan, Captured]:
+    """Plan in this process. Raises DovetailError."""
+    from dovetail.passes.choose import choose
+
+    folder = ModelFolder.open(Path(request.checkpoint))
+    captured = captured_model(folder, note)
+    machine = find_machine(request.machine, folder, note)
+    if request.plan:
+        given = load_plan(Path(request.plan))
+        return _adopt(given, request, captured, machine, folder), captured
+    plan = choose(
+        captured.graph,
+        machine,
+        request.budget,
+        request.workload,
+        policy=request.policy,
+        knobs=request.knobs,
+        checkpoint=folder.index.digest(),
+    )
+    return plan, captured
+
+
+def _adopt(
+    plan: Plan, request: Request, captured: Captured, machine: Machine, folder: ModelFolder
+) -> Plan:
+    """The given plan's schedule with predictions for this machine and workload."""
+    from dovetail.passes.apply_moves import apply_moves
+    from dovetail.passes.bound import bound
+    from dovetail.passes.cost import Costs
+    from dovetail.passes.simulate import Simulator
+
+    graph = captured.graph
+    if plan.graph != codec.digest(graph):
+        raise PlanError(
+            f"{request.plan}: the plan is for {_describe(plan.model)} (graph {plan.graph[:12]}), "
+            f"found {_describe(graph.model)} (graph {codec.digest(graph)[:12]}) in "
+            f"{request.checkpoint}; plan this model again"
+        )
+    layout = apply_moves(graph, plan.moves)
+    needed = request.workload.longest + request.workload.new_tokens - 1
+    if needed > layout.dispatch.kv_tokens:
+        raise PlanError(
+            f"{request.plan}: its KV store holds {layout.dispatch.kv_tokens} tokens, but the "
+            f"longest prompt needs {needed}; plan again for this workload"
+        )
+    prediction = Simulator(layout, machine, Costs(machine)).predict(request.workload)
+    if prediction.peak_bytes > request.budget["ram"]:
+        raise BudgetError(
+            f"{request.plan}: the plan needs ram={format_bytes(prediction.peak_bytes, up=True)}, "
+            f"the budget is {format_bytes(request.budget['ram'])}; raise the budget or plan again"
+        )
+    return replace(
+        plan,
+        checkpoint=folder.index.digest(),
+        machine=machine,
+        budget=dict(request.budget),
+        workload=request.workload,
+        prediction=prediction,
+        bound=bound(graph, machine, request.budget["ram"], request.workload),
+    )
+
+
+def _describe(model: Mapping[str, str | int]) -> str:
+    return f"{model.get('model_type', '?')} with {model.get('num_layers', '?')} layers"
+
+
+def captured_model(folder: ModelFolder, note: Note) -> Captured:
+    """The folder's task graph, from the cache if it was captured before."""
+    import transformers
+
+    key = codec.digest(
+        [dict(folder.config), folder.index.digest(), transformers.__version__, CAPTURE_VERSION]
+    )
+    place = cache_folder() / "captured" / key
+    if (place / "graph.json").exists():
+        return load_captured(place)
+    from dovetail.capture.capture import capture_checkpoint
+
+    captured = capture_checkpoint(folder.path, folder.entries)
+    note(f"captured {_describe(captured.graph.model)} in {captured.seconds:.1f} s")
+    captured.save(place)
+    return captured
+
+
+CAPTURE_VERSION = 1
+"""Raised when capture changes what it makes, so that older cached graphs are left alone."""
+
+
+def find_machine(name: str, folder: ModelFolder, note: Note) -> Machine:
+    """The machine file ``name``, or this machine: calibrated before, or calibrated now."""
+    from dovetail.machine_files import load_machine
+    from dovetail.runtime import calibrate_host as host
+    from dovetail.runtime.calibrate import PROTOCOL, calibrate
+    from dovetail.tuning_db.database import Database
+
+    if name:
+        return load_machine(name)
+    files = [shard.file for shard in folder.index.shards]
+    device = host.disk_device(files[0])
+    with Database.open(cache_folder() / "facts.db") as database:
+        known = database.latest_calibration(host.silicon(), device, host.software(), PROTOCOL)
+        if known is not None:
+            return known
+        note("calibrating this machine, once (about half a minute)")
+        scratch = cache_folder()
+        scratch.mkdir(parents=True, exist_ok=True)
+        machine = calibrate(files, scratch)
+        database.add_calibration(machine, host.silicon(), host.software(), device, PROTOCOL)
+    return machine
+
+
+def plan_apart(request: Request, out: Path, note: Note) -> tuple[Plan, Captured]:
+    """Plan in a child process that leaves its results in the folder ``out``."""
+    out.mkdir(parents=True, exist_ok=True)
+    job = {"request": codec.encode(request), "out": str(out)}
+    child = subprocess.run(
+        [sys.executable, "-m", "dovetail.planning"],
+        input=json.dumps(job),
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    lines = child.stdout.splitlines()
+    answer = json.loads(lines[-1]) if lines else {}
+    if "error" in answer:
+        raise ERRORS[answer["kind"]](answer["error"])
+    if child.returncode != 0:
+        raise DovetailError(f"planning ended with exit code {child.returncode}; see above")
+    return load_plan(out / PLAN_FILE), load_captured(out)
+
+
+def _all_errors(kind: type[DovetailError]) -> dict[str, type[DovetailError]]:
+    found = {kind.__name__: kind}
+    for child in kind.__subclasses__():
+        found |= _all_errors(child)
+    return found
+
+
+ERRORS = _all_errors(DovetailError)
+
+
+def main() -> int:
+    """The child process: a request on standard input, its answer as the last line of output."""
+    job = json.loads(sys.stdin.read())
+    request = codec.decode(job["request"], Request)
+    out = Path(job["out"])
+    try:
+        plan, captured = plan_here(request, lambda text: print(text, file=sys.stderr, flush=True))
+        captured.save(out)
+        save_plan(plan, out / PLAN_FILE)
+    except DovetailError as error:
+        print(json.dumps({"error": str(error), "kind": type(error).__name__}))
+        return 1
+    print(json.dumps({"plan": plan.digest()}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

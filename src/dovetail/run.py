@@ -1,0 +1,184 @@
+"""`dovetail run`: a file of prompts in, a file of results out, under a budget.
+
+Beside OUT.jsonl a folder OUT.jsonl.dovetail holds the plan, the task graph, the emitted executor,
+the timelines and the report.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dovetail.checkpoint import ModelFolder
+from dovetail.execute import Execution, Measured
+from dovetail.ir.batching import Request as SequenceRequest
+from dovetail.ir.errors import InputError
+from dovetail.ir.plan import Plan
+from dovetail.ir.units import parse_budget
+from dovetail.ir.workload import Workload
+from dovetail.journal import Journal, Record
+from dovetail.planning import Request, plan_apart
+from dovetail.progress import Progress
+from dovetail.prompts import Prompt, PromptSet, read_prompts
+from dovetail.report import Report, save_run, table
+from dovetail.runtime.calibrate_host import memory_bytes
+from dovetail.runtime.generate import Finished
+from dovetail.runtime.sampling import Sampling
+
+
+
+def run(options: argparse.Namespace) -> int:
+    """The whole command. Raises DovetailError."""
+    _check_paths(options)
+    sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed)
+    budget = ram_budget(options.budget)
+    folder = ModelFolder.open(options.checkpoint)
+    prompts = load_prompts(folder, options)
+    key = _run_key(folder, prompts, sampling, options)
+    with Journal.open(options.out, key, restart=options.restart) as journal:
+        if journal.complete:
+            print(f"{options.out} is complete: {len(prompts.prompts)} prompts; nothing to do")
+            return 0
+        done = set(journal.done)
+        left = [p for p in prompts.prompts if p.index not in done]
+        place = Path(f"{options.out}.dovetail")
+        if left:
+            report = _run_rest(options, folder, sampling, budget, journal, left, place)
+            save_run(report, place)
+        journal.finish([p.index for p in prompts.prompts])
+    if not left:
+        print(f"{options.out} is complete: {len(prompts.prompts)} prompts")
+    elif options.json:
+        print(json.dumps(report.as_dict(), indent=1))
+    else:
+        print(table(report, len(prompts.prompts), len(done), options.out, place))
+    return 0
+
+
+def _check_paths(options: argparse.Namespace) -> None:
+    if options.out.resolve() == options.prompts.resolve():
+        raise InputError(f"--out and --prompts are both {options.out}; give another output file")
+
+
+def ram_budget(text: str | None) -> dict[str, int]:
+    """The budget as given, or half of this machine's memory."""
+    budget = parse_budget(text) if text else {"ram": memory_bytes() // 2}
+    if "ram" not in budget:
+        raise InputError(f"budget {text!r} names no ram, which the cpu target needs: add ram=SIZE")
+    return budget
+
+
+def load_prompts(folder: ModelFolder, options: argparse.Namespace) -> PromptSet:
+    """The prompts of the command's file; says on standard error what was left out or cut."""
+    prompts = read_prompts(
+        options.prompts,
+        folder.encode,
+        folder.vocab,
+        folder.context,
+        options.max_new_tokens,
+        options.skip_bad,
+    )
+    for bad in prompts.skipped:
+        print(f"dovetail: left out line {bad.line}: {bad.reason}", file=sys.stderr)
+    if prompts.cut_short:
+        print(
+            f"dovetail: {prompts.cut_short} prompts reach the context of {folder.context} tokens "
+            f"before {options.max_new_tokens} new ones and end there",
+            file=sys.stderr,
+        )
+    return prompts
+
+
+def requests_of(prompts: Sequence[Prompt], context: int, new_tokens: int) -> list[SequenceRequest]:
+    """What the batcher needs to know of the prompts."""
+    return [
+        SequenceRequest(p.index, len(p.input_ids), min(new_tokens, context - len(p.input_ids)))
+        for p in prompts
+    ]
+
+
+def _run_key(
+    folder: ModelFolder, prompts: PromptSet, sampling: Sampling, options: argparse.Namespace
+) -> dict[str, str | int | float | bool]:
+    """What makes results comparable: not the schedule, which does not change them."""
+    return {
+        "checkpoint": folder.index.digest(),
+        "prompts": prompts.digest,
+        "max_new_tokens": options.max_new_tokens,
+        "temperature": sampling.temperature,
+        "top_k": sampling.top_k,
+        "top_p": sampling.top_p,
+        "seed": sampling.seed,
+        "ignore_eos": options.ignore_eos,
+    }
+
+
+def _run_rest(
+    options: argparse.Namespace,
+    folder: ModelFolder,
+    sampling: Sampling,
+    budget: dict[str, int],
+    journal: Journal,
+    left: list[Prompt],
+    place: Path,
+) -> Report:
+    workload = Workload.of([len(p.input_ids) for p in left], options.max_new_tokens)
+    request = Request(
+        checkpoint=str(folder.path),
+        budget=budget,
+        workload=workload,
+        policy=options.policy,
+        machine=options.machine,
+        plan=str(options.plan) if options.plan else "",
+    )
+    plan, captured = plan_apart(request, place, lambda text: None)
+    stop = () if options.ignore_eos else folder.stop_tokens
+    execution = Execution(plan, captured, folder.index, sampling, stop, place / "executor.py")
+    writer = _Writer(folder, journal, left, options.max_new_tokens)
+    requests = requests_of(left, folder.context, options.max_new_tokens)
+    ids = {p.index: p.input_ids for p in left}
+    with execution, writer.progress:
+        for report in execution.steps(requests, ids.__getitem__):
+            writer.step(report.finished, report.tokens)
+    return _report(plan, execution, execution.measured)
+
+
+def _report(plan: Plan, execution: Execution, measured: Measured) -> Report:
+    return Report.of(plan, execution.layout, execution.steps_run, measured)
+
+
+@dataclass(slots=True)
+class _Writer:
+    """Journals what leaves and shows progress."""
+
+    folder: ModelFolder
+    journal: Journal
+    prompts: dict[int, Prompt]
+    progress: Progress
+    new_tokens: int
+
+    def __init__(
+        self, folder: ModelFolder, journal: Journal, left: list[Prompt], new_tokens: int
+    ) -> None:
+        self.folder, self.journal, self.new_tokens = folder, journal, new_tokens
+        self.prompts = {p.index: p for p in left}
+        total = sum(r.new_tokens for r in requests_of(left, folder.context, new_tokens))
+        done = len(journal.done)
+        self.progress = Progress(len(left) + done, total, done_prompts=done)
+
+    def step(self, finished: Sequence[Finished], tokens: int) -> None:
+        """Account for a step."""
+        self.journal.append([self._record(item) for item in finished])
+        saved = 0
+        for item in finished:
+            length = len(self.prompts[item.index].input_ids)
+            saved += min(self.new_tokens, self.folder.context - length) - len(item.tokens)
+        self.progress.add(len(finished), tokens, saved=saved)
+
+    def _record(self, item: Finished) -> Record:
+        prompt = self.prompts[item.index]
+        text = self.folder.decode(item.tokens)
+        length = len(prompt.input_ids)
+        return Record(item.index, prompt.id, length, item.tokens, text, item.reason)
