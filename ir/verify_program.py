@@ -2,7 +2,7 @@
 abstract execution finds neither racing nor waiting for each other."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 
 from dovetail.ir.errors import VerifyError
 from dovetail.ir.notation import instruction_text, unit_text
@@ -179,10 +179,8 @@ def _check_engines(program: Program, flat: Mapping[str, tuple[Flat, ...]]) -> No
         if not compute and not engine.startswith("disk"):
             raise VerifyError(f"engine {engine}, expected cpu0, cpu1, … or disk0, disk1, …")
         for item in items:
-            loads = isinstance(item, Load) or item in (Wait("room", _name(item)),)
-            loads = loads or item == Signal("ready", _name(item))
-            if loads == compute:
-                kind = "disk" if loads else "compute"
+            if _loads(item) == compute:
+                kind = "disk" if compute else "compute"
                 raise VerifyError(f"{engine}: {instruction_text(item)}, expected on a {kind} engine")
             if isinstance(item, Load) and loaders.setdefault(item.ring, engine) != engine:
                 raise VerifyError(
@@ -191,8 +189,12 @@ def _check_engines(program: Program, flat: Mapping[str, tuple[Flat, ...]]) -> No
                 )
 
 
-def _name(item: Flat) -> str:
-    return item.name if isinstance(item, Wait | Signal) else ""
+def _loads(item: Flat) -> bool:
+    """Whether an instruction is part of a load."""
+    match item:
+        case Load() | Wait("room", _) | Signal("ready", _):
+            return True
+    return False
 
 
 def _check_units(
@@ -254,22 +256,17 @@ def _check_phases(
         items = [i for i in flat[engine] if isinstance(i, Wait | Signal) and i.what == "phase"]
         for item in items:
             _known(f"{engine}: {instruction_text(item)}", "phase", item.name, expected)
-        counts = Counter(items)
-        checks: tuple[tuple[Callable[[str], Flat], str], ...] = (
-            (lambda name: Signal("phase", name), "signals"),
-            (lambda name: Wait("phase", name), "waits for"),
-        )
-        for make, verb in checks:
-            for name, times in expected.items():
-                # Whoever asked for the step waits for its end, and no engine does.
-                times = 0 if (name, verb) == ("step", "waits for") else times
-                found = counts[make(name)]  # type: ignore[index]
-                if found != times:
-                    raise VerifyError(
-                        f"{engine} {verb} phase {name} {found} times a step, expected {times}: "
-                        "tokens and experts once for each layer with experts, hidden once, and "
-                        "step signalled once"
-                    )
+        signals = Counter(item.name for item in items if isinstance(item, Signal))
+        waits = Counter(item.name for item in items if isinstance(item, Wait))
+        for name, times in expected.items():
+            # Whoever asked for the step waits for its end; no engine does.
+            awaited = 0 if name == "step" else times
+            if (signals[name], waits[name]) != (times, awaited):
+                raise VerifyError(
+                    f"{engine} signals phase {name} {signals[name]} times a step and waits for it "
+                    f"{waits[name]} times, expected {times} and {awaited}: every worker takes part "
+                    "in tokens and experts once for each layer with experts, and in hidden once"
+                )
 
 
 def _unique(names: Iterable[str], what: str) -> None:

@@ -22,7 +22,7 @@ from dovetail.passes.cost import Costs
 from dovetail.passes.memory import ram_bytes
 from dovetail.passes.policies import POLICIES, module_batch
 from dovetail.passes.policies.common import Knobs, Policy, Setting
-from dovetail.passes.search import Search
+from dovetail.passes.search import Found, Search
 from dovetail.passes.simulate import Simulator
 
 FINALISTS = 4
@@ -88,19 +88,43 @@ def _best_of(
 ) -> tuple[list[_Choice], list[Candidate]]:
     search = Search(policy, setting, costs)
     one = search.attempt(fixed) if fixed else None
-    found = ([one] if one else []) if fixed else search.run()
-    choices = []
-    for schedule in found[:FINALISTS]:
-        layout = apply_moves(setting.graph, schedule.moves)
-        prediction = Simulator(layout, setting.machine, costs).predict(setting.workload)
-        choices.append(_Choice(policy.name, schedule.knobs, schedule.moves, prediction))
+    found = ([one] if one else []) if fixed else _diverse(search.run())
+    choices = [_simulated(setting, policy, schedule, costs) for schedule in found]
     choices.sort(key=lambda c: c.prediction.seconds)
+    if choices and not fixed:
+        choices = _polished(setting, policy, search, choices, costs)
     candidates = [Candidate(c.policy, dict(c.knobs), c.prediction.seconds) for c in choices]
     if not choices:
         tried = search.refused
         why = f"none of {tried} schedules tried fits ram={format_bytes(setting.budget)}"
         candidates.append(Candidate(policy.name, {}, None, why))
     return choices, candidates
+
+
+def _simulated(setting: Setting, policy: Policy, schedule: Found, costs: Costs) -> _Choice:
+    layout = apply_moves(setting.graph, schedule.moves)
+    prediction = Simulator(layout, setting.machine, costs).predict(setting.workload)
+    return _Choice(policy.name, schedule.knobs, schedule.moves, prediction)
+
+
+def _diverse(found: list[Found]) -> list[Found]:
+    """The best schedules, no two with the same number of sequences in flight."""
+    chosen: dict[int | bool, Found] = {}
+    for schedule in found:
+        chosen.setdefault(schedule.knobs["seqs"], schedule)
+    return list(chosen.values())[:FINALISTS]
+
+
+def _polished(
+    setting: Setting, policy: Policy, search: Search, choices: list[_Choice], costs: Costs
+) -> list[_Choice]:
+    """The choices, best first, after simulating the neighbours of the best: the estimate that
+    ranked them knows nothing of how a run begins and ends."""
+    for schedule in search.neighbours(choices[0].knobs):
+        choice = _simulated(setting, policy, schedule, costs)
+        if choice.prediction.seconds < choices[0].prediction.seconds:
+            choices.insert(0, choice)
+    return choices
 
 
 def _peak(setting: Setting, moves: tuple[Move, ...]) -> int:

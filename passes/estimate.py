@@ -1,11 +1,16 @@
 """Estimate: `layout, workload -> seconds`, without simulating every step.
 
-Engines are taken as perfectly overlapped and steps as equal: good enough to rank schedules.
+Steps are taken as equal. Within a step compute and disk overlap as far as the buffers reach: while
+attention runs, the reader can run ahead by no more than the rings hold. Good enough to rank
+schedules.
 """
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from dovetail.ir.batching import Group, Member, Step
 from dovetail.ir.machine import Machine
-from dovetail.ir.program import Load, Run, unroll
+from dovetail.ir.program import Flat, Load, Program, Run, unroll
 from dovetail.ir.workload import Workload
 from dovetail.passes.apply_moves import Layout
 from dovetail.passes.cost import Costs
@@ -16,37 +21,91 @@ from dovetail.passes.simulate import Durations, decode_step
 
 def estimate(layout: Layout, machine: Machine, workload: Workload, costs: Costs) -> float:
     """Seconds for the whole workload."""
-    program = lower(layout, {})
-    durations = Durations(layout, program, machine, costs)
+    model = _StepModel(layout, machine, costs)
     seqs = min(layout.dispatch.seqs, workload.prompts)
     held = workload.prompt_tokens // workload.prompts + workload.new_tokens // 2
-    decode = decode_step(seqs, layout.admission.rows, held)
-    items = [list(unroll(program.engines[name])) for name in program.engines]
-    cpu = sum(durations.of(i, 0, decode) for i in items[0] if isinstance(i, Run))
-    disk = 0.0
-    if "disk0" in program.engines:
-        disk = sum(durations.of(i, 0, decode) for i in items[-1] if isinstance(i, Load))
-    prefill_cpu, prefill_steps = _prefill(layout, workload, durations, items[0])
+    decode = model.parts(decode_step(seqs, layout.admission.rows, held))
+    prefill, prefills = model.prefill(workload)
     decodes = workload.prompts * (workload.new_tokens - 1) / seqs
     setup = resident_bytes(layout) / machine.disk.peak
     if layout.dispatch.refill:
-        steps = max(decodes + 1, prefill_steps)
-        return setup + max(steps * disk, decodes * cpu + prefill_cpu)
-    return setup + max(prefill_steps * disk, prefill_cpu) + decodes * max(disk, cpu)
+        steps = max(decodes + 1, prefills)
+        shared = decode.scaled(decodes / steps).plus(prefill.scaled(prefills / steps))
+        return setup + steps * model.seconds(shared)
+    return setup + prefills * model.seconds(prefill) + decodes * model.seconds(decode)
 
 
-def _prefill(
-    layout: Layout, workload: Workload, durations: Durations, items: list[object]
-) -> tuple[float, float]:
-    """Compute seconds of all prefills together, and the least number of steps they take."""
-    mean = max(1, workload.prompt_tokens // workload.prompts)
-    in_step = min(workload.prompts, layout.dispatch.seqs, max(1, layout.dispatch.prefill_tokens // mean))
-    rows = max(1, min(layout.admission.rows, layout.attn_tokens // mean, in_step))
-    groups = []
-    for start in range(0, in_step, rows):
-        members = tuple(Member(i, 0, 0) for i in range(start, min(start + rows, in_step)))
-        groups.append(Group(True, members, (mean,) * len(members), mean, mean))
-    step = Step(tuple(groups))
-    seconds = sum(durations.of(i, 0, step) for i in items if isinstance(i, Run))
-    steps = workload.prompts / in_step
-    return seconds * steps, steps
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """Compute seconds of one worker in a step: over groups of sequences, and in experts."""
+
+    groups: float
+    experts: float
+
+    def scaled(self, factor: float) -> "_Parts":
+        return _Parts(self.groups * factor, self.experts * factor)
+
+    def plus(self, other: "_Parts") -> "_Parts":
+        return _Parts(self.groups + other.groups, self.experts + other.experts)
+
+
+class _StepModel:
+    """A step's time from its parts, for one layout."""
+
+    def __init__(self, layout: Layout, machine: Machine, costs: Costs) -> None:
+        self._layout = layout
+        self._program: Program = lower(layout, {})
+        self._durations = Durations(layout, self._program, machine, costs)
+        self._cpu = list(unroll(self._program.engines["cpu0"]))
+        self._disk, self._ahead = self._loads(machine)
+
+    def _loads(self, machine: Machine) -> tuple[float, float]:
+        """Seconds of a step's loads, and for how many of them the rings can run ahead of compute
+        in a step: once per layer, by the ring's whole length at most."""
+        engine: Sequence[Flat] = list(unroll(self._program.engines.get("disk0", ())))
+        if not engine:
+            return 0.0, 0.0
+        step = Step(())
+        loads = [item for item in engine if isinstance(item, Load)]
+        self._durations.contend(1.0, 1.0)
+        seconds = [self._durations.of(item, 0, step) for item in loads]
+        ahead = 0.0
+        for ring in self._program.rings:
+            times = [t for t, item in zip(seconds, loads, strict=True) if item.ring == ring.name]
+            layers = len({item.layer for item in loads if item.ring == ring.name})
+            ahead += min(sum(times), layers * ring.slots * max(times))
+        return sum(seconds), ahead
+
+    def parts(self, step: Step) -> _Parts:
+        """Compute seconds of a step."""
+        groups = experts = 0.0
+        for item in self._cpu:
+            if isinstance(item, Run):
+                seconds = self._durations.of(item, 0, step)
+                if self._program.segment(item.segment).over == "experts":
+                    experts += seconds
+                else:
+                    groups += seconds
+        return _Parts(groups, experts)
+
+    def seconds(self, parts: _Parts) -> float:
+        """Seconds of a step: the disk works under attention only as far as the rings reach."""
+        hidden = min(self._ahead, parts.groups)
+        return max(
+            parts.groups + parts.experts,
+            self._disk,
+            parts.groups + self._disk - hidden,
+        )
+
+    def prefill(self, workload: Workload) -> tuple[_Parts, float]:
+        """Parts of a full prefill step, and how many of them the workload takes."""
+        layout = self._layout
+        mean = max(1, workload.prompt_tokens // workload.prompts)
+        fits = max(1, layout.dispatch.prefill_tokens // mean)
+        in_step = min(workload.prompts, layout.dispatch.seqs, fits)
+        rows = max(1, min(layout.admission.rows, layout.attn_tokens // mean, in_step))
+        groups = []
+        for start in range(0, in_step, rows):
+            members = tuple(Member(i, 0, 0) for i in range(start, min(start + rows, in_step)))
+            groups.append(Group(True, members, (mean,) * len(members), mean, mean))
+        return self.parts(Step(tuple(groups))), workload.prompts / in_step

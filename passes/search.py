@@ -10,7 +10,7 @@ from dovetail.passes.apply_moves import apply_moves
 from dovetail.passes.cost import Costs
 from dovetail.passes.estimate import estimate
 from dovetail.passes.memory import ram_bytes
-from dovetail.passes.policies.common import Knobs, Policy, Setting
+from dovetail.passes.policies.common import Knobs, Ladders, Policy, Setting
 
 CLIMBS = 3
 """Best starts from which the search climbs."""
@@ -45,6 +45,15 @@ class Search:
         """How many schedules did not fit."""
         return sum(found is None for found in self._tried.values())
 
+    def neighbours(self, knobs: Knobs) -> list[Found]:
+        """The schedules that fit one step from ``knobs`` along one knob."""
+        here = self.attempt(knobs)
+        assert here is not None
+        ladders = {n: v for n, v in self._policy.ladders(self._setting).items() if n in knobs}
+        changes = [self._moved(here, name, side, ladders) for name in ladders for side in (1, -1)]
+        tried = [self.attempt({**knobs, **change}) for change in changes if change]
+        return [found for found in tried if found]
+
     def attempt(self, knobs: Knobs) -> Found | None:
         """The schedule of these knobs, or None if it does not fit."""
         key = tuple(sorted(knobs.items()))
@@ -64,24 +73,41 @@ class Search:
         return Found(dict(knobs), moves, seconds)
 
     def _climb(self, best: Found) -> None:
-        ladders = self._policy.ladders(self._setting)
-        improved = True
-        while improved:
-            improved = False
-            for name, ladder in ladders.items():
-                while (better := self._step(best, name, ladder)) is not None:
-                    best, improved = better, True
+        """Change one knob at a time while that helps, then try one up with another down: memory
+        that one knob gives back may be worth more in another."""
+        ladders = {n: v for n, v in self._policy.ladders(self._setting).items() if n in best.knobs}
+        better: Found | None = best
+        while better is not None:
+            best, better = better, None
+            for name in ladders:
+                while (found := self._best_step(best, [name], ladders)) is not None:
+                    best = better = found
+            if better is None:
+                better = self._trade(best, ladders)
 
-    def _step(self, best: Found, name: str, ladder: tuple[int | bool, ...]) -> Found | None:
-        """The better neighbour along one knob, if any is better."""
-        if name not in best.knobs:
-            return None
-        here = best.knobs[name]
-        above = [v for v in ladder if v > here][:1]
-        below = [v for v in ladder if v < here][-1:]
-        tried = [self.attempt({**best.knobs, name: value}) for value in (*above, *below)]
+    def _trade(self, best: Found, ladders: Ladders) -> Found | None:
+        for up in ladders:
+            for down in ladders:
+                if up != down and (found := self._best_step(best, [up, down], ladders)):
+                    return found
+        return None
+
+    def _best_step(self, best: Found, names: list[str], ladders: Ladders) -> Found | None:
+        """The better neighbour of ``best``: one knob to either side, or one up and one down."""
+        if len(names) == 1:
+            changes = [self._moved(best, names[0], side, ladders) for side in (1, -1)]
+        else:
+            up = self._moved(best, names[0], 1, ladders)
+            down = self._moved(best, names[1], -1, ladders)
+            changes = [up | down if up and down else {}]
+        tried = [self.attempt({**best.knobs, **change}) for change in changes if change]
         found = [f for f in tried if f and f.seconds < best.seconds * (1 - 1e-6)]
         return min(found, key=_rank) if found else None
+
+    def _moved(self, best: Found, name: str, side: int, ladders: Ladders) -> dict[str, int | bool]:
+        here = best.knobs[name]
+        beyond = [v for v in ladders[name] if (v > here if side > 0 else v < here)]
+        return {name: beyond[0] if side > 0 else beyond[-1]} if beyond else {}
 
 
 def _rank(found: Found) -> tuple[float, str]:

@@ -129,9 +129,10 @@ CAPTURE_VERSION = 1
 
 def find_machine(name: str, folder: ModelFolder, note: Note) -> Machine:
     """The machine file ``name``, or this machine: calibrated before, or calibrated now."""
+    from dovetail.calibration import calibrate_and_store
     from dovetail.machine_files import load_machine
     from dovetail.runtime import calibrate_host as host
-    from dovetail.runtime.calibrate import PROTOCOL, calibrate
+    from dovetail.runtime.calibrate import PROTOCOL
     from dovetail.tuning_db.database import Database
 
     if name:
@@ -140,14 +141,10 @@ def find_machine(name: str, folder: ModelFolder, note: Note) -> Machine:
     device = host.disk_device(files[0])
     with Database.open(cache_folder() / "facts.db") as database:
         known = database.latest_calibration(host.silicon(), device, host.software(), PROTOCOL)
-        if known is not None:
-            return known
-        note("calibrating this machine, once (about half a minute)")
-        scratch = cache_folder()
-        scratch.mkdir(parents=True, exist_ok=True)
-        machine = calibrate(files, scratch)
-        database.add_calibration(machine, host.silicon(), host.software(), device, PROTOCOL)
-    return machine
+    if known is not None:
+        return known
+    note("calibrating this machine, once (about half a minute)")
+    return calibrate_and_store(files)
 
 
 def plan_apart(request: Request, out: Path, note: Note) -> tuple[Plan, Captured]:

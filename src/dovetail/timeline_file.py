@@ -1,9 +1,8 @@
 """Timelines beside a plan: what a run recorded is read back and set beside a fresh prediction."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -65,26 +64,37 @@ def _compute_start(spans: Iterable[Span]) -> float:
 
 
 def compare(plan: Plan, layout: Layout, folder: Path, note: Callable[[str], None]) -> Compared:
-    """Simulate the step in the middle of what a run recorded in ``folder``, or of the workload.
+    """Simulate a step in the middle of what a run recorded in ``folder``, or of the workload.
 
-    Raises InputError if the folder's timeline cannot be read.
+    A decode step is preferred. Raises InputError if the folder's timeline cannot be read.
     """
     measured = _measured(plan, folder, note)
-    number = plan.prediction.steps // 2
+    steps = list(workload_steps(layout, plan.workload))
+    numbers: Sequence[int] = range(len(steps))
     if measured is not None:
-        ran = sorted({span.step for span in measured.spans if span.kind == "run"})
-        number = ran[len(ran) // 2]
+        numbers = sorted({span.step for span in measured.spans if span.kind == "run"})
+    number = _middle(numbers, steps)
+    step = _at(steps, number)
     simulator = Simulator(layout, plan.machine, Costs(plan.machine))
-    step = _step(layout, plan, number)
-    steady = simulator.steady(step)
-    spans = tuple(replace(span, step=number) for span in steady.spans)
+    spans = tuple(replace(span, step=number) for span in simulator.steady(step).spans)
     period, _ = simulator.step_seconds(step)
-    return Compared(plan, layout, number, Timeline(steady.source, spans), period, measured)
+    return Compared(plan, layout, number, Timeline("predicted", spans), period, measured)
 
 
-def _step(layout: Layout, plan: Plan, number: int) -> Step:
-    """That step of the plan's workload, or its last one if there are fewer."""
-    return list(islice(workload_steps(layout, plan.workload), number + 1))[-1]
+def _middle(numbers: Sequence[int], steps: Sequence[Step]) -> int:
+    """The number nearest to the middle whose step is decode alone, which most are; else the
+    middle."""
+    middle = len(numbers) // 2
+    near = sorted(range(len(numbers)), key=lambda place: abs(place - middle))
+    for place in near:
+        if not any(group.prefill for group in _at(steps, numbers[place]).groups):
+            return numbers[place]
+    return numbers[middle]
+
+
+def _at(steps: Sequence[Step], number: int) -> Step:
+    """That step of the workload, or the last one if there are fewer."""
+    return steps[min(number, len(steps) - 1)]
 
 
 def _measured(plan: Plan, folder: Path, note: Callable[[str], None]) -> Timeline | None:

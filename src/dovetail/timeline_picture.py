@@ -1,8 +1,7 @@
 """The picture: one layer's steady state, predicted above measured, one lane per engine."""
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from textwrap import wrap
@@ -16,11 +15,11 @@ from matplotlib.patches import Patch, Rectangle
 
 from dovetail.ir.errors import InputError, OutputError
 from dovetail.ir.plan import Plan
-from dovetail.ir.program import Program
-from dovetail.ir.timeline import Span, Timeline
-from dovetail.ir.units import format_bytes
+from dovetail.ir.timeline import Span
+from dovetail.ir.units import format_bytes, format_duration
 from dovetail.passes.lower import lower
 from dovetail.timeline_file import Compared
+from dovetail.timeline_panel import Panel, segment_classes, span_class
 
 SUFFIXES = (".png", ".svg")
 WIDTH, LANE, HEADING, BOTTOM, TOP, LINE = 11.0, 0.62, 0.42, 0.85, 0.48, 0.17
@@ -31,13 +30,6 @@ SUBTITLE = 120
 """Characters in a line of the subtitle."""
 BAR, DPI = 0.5, 160
 INK, QUIET, HATCH = "#333333", "#767676", "#c4c4c4"
-SETTINGS = {
-    "font.size": 9,
-    "hatch.linewidth": 0.5,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "dovetail",
-    "text.color": INK,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,71 +54,6 @@ LOOKS: Mapping[str, Look] = {
     "load head": Look("read head", "head", "#d9c3e4"),
     "wait": Look("wait", "", "#f7f7f7", "////"),
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Panel:
-    """One timeline and the layer of one step that is looked at; ``spans`` are within ``seconds``
-    after the layer began, and times are counted from there."""
-
-    source: str
-    layer: int
-    step: int
-    seconds: float
-    spans: tuple[Span, ...]
-
-    @classmethod
-    def of(cls, timeline: Timeline, step: int, layer: int) -> "Panel | None":
-        """The spans that overlap the layer in step ``step``; None if it did not run there."""
-        mine = [s for s in timeline.spans if s.step == step and _computes(s) and s.layer == layer]
-        if not mine:
-            return None
-        begin, end = _begin(timeline, mine), max(span.end for span in mine)
-        inside = (s for s in timeline.spans if s.start < end and s.end > begin)
-        spans = tuple(
-            replace(s, start=max(s.start, begin) - begin, end=min(s.end, end) - begin)
-            for s in inside
-        )
-        return cls(timeline.source, layer, step, end - begin, spans)
-
-    def busy(self, engine: str) -> float:
-        """Share of the time in which the engine does not wait."""
-        mine = (s.seconds for s in self.spans if s.engine == engine and s.kind != "wait")
-        return sum(mine) / self.seconds
-
-
-def _computes(span: Span) -> bool:
-    return span.kind == "run" and span.engine.startswith("cpu")
-
-
-def _begin(timeline: Timeline, mine: Sequence[Span]) -> float:
-    """When the layer begins: where the one before it ended, so that what is waited for first
-    belongs to the layer."""
-    begin = min(span.start for span in mine)
-    before = []
-    for engine in {span.engine for span in mine}:
-        first = min(span.start for span in mine if span.engine == engine)
-        ends = [s.end for s in timeline.spans if s.engine == engine and _computes(s)]
-        before.append(max((end for end in ends if end <= first), default=first))
-    return min(begin, *before)
-
-
-def segment_classes(program: Program) -> dict[str, str]:
-    """The class of every segment, by the name that it has in the emitted executor."""
-    found: dict[str, str] = {}
-    bodies = [body for body, _ in groupby(program.segments, key=lambda s: s.body)]
-    for segment in program.segments:
-        body = [s for s in program.segments if s.body == segment.body]
-        at = next((i for i, s in enumerate(body) if s.over == "experts"), -1)
-        kind = "layer" if at < 0 else "attention" if body.index(segment) < at else "after"
-        if segment.body in (bodies[0], bodies[-1]):
-            kind = "ends"
-        found[_plain(segment.name)] = "experts" if segment.over == "experts" else kind
-    return found
-
-
-def _plain(name: str) -> str:
-    return re.sub(r"\W", "_", name)
 
 
 def draw(compared: Compared, path: Path, note: Callable[[str], None]) -> None:
@@ -161,7 +88,15 @@ def _titles(plan: Plan) -> tuple[str, str]:
 def _save(
     panels: Sequence[Panel], classes: Mapping[str, str], title: str, subtitle: str, path: Path
 ) -> None:
-    with rc_context(SETTINGS):
+    with rc_context(
+        {
+            "font.size": 9,
+            "hatch.linewidth": 0.5,
+            "svg.fonttype": "none",
+            "svg.hashsalt": "dovetail",
+            "text.color": INK,
+        }
+    ):
         figure = _figure(panels, classes, title, subtitle)
         dated = {"Date": None} if path.suffix.lower() == ".svg" else None
         try:
@@ -201,14 +136,26 @@ def _figure(
 
 
 def _heading(axes: Axes, panel: Panel, predicted: Panel) -> None:
-    took = f"{panel.seconds * 1e3:.3g} ms"
+    took = format_duration(panel.seconds)
     text = f"layer {panel.layer} of step {panel.step} takes {took}"
     if panel is not predicted:
         error = predicted.seconds / panel.seconds - 1
         text += f"; the prediction is {abs(error):.0%} {'above' if error > 0 else 'below'} that"
-    common = {"xycoords": "axes fraction", "textcoords": "offset points", "annotation_clip": False}
-    axes.annotate(panel.source, (0, 1), (0, 5), fontsize=10, fontweight="bold", **common)
-    axes.annotate(text, (0, 1), (66, 5), fontsize=9, color=QUIET, **common)
+    for words, right, size, weight, colour in (
+        (panel.source, 0, 10, "bold", INK),
+        (text, 66, 9, "normal", QUIET),
+    ):
+        axes.annotate(
+            words,
+            (0, 1),
+            (right, 5),
+            xycoords="axes fraction",
+            textcoords="offset points",
+            annotation_clip=False,
+            fontsize=size,
+            fontweight=weight,
+            color=colour,
+        )
 
 
 def _panel(axes: Axes, panel: Panel, lanes: Sequence[str], classes: Mapping[str, str]) -> None:
@@ -234,7 +181,9 @@ def _bars(
     for kind, look in LOOKS.items():
         for own in (True, False):
             mine = [
-                s for s in spans if _class(s, classes) == kind and _of_layer(s, panel.layer) is own
+                s
+                for s in spans
+                if span_class(s, classes) == kind and _of_layer(s, panel.layer) is own
             ]
             bars = [Rectangle((s.start * 1e3, y - BAR / 2), s.seconds * 1e3, BAR) for s in mine]
             # An outline would hide bars of a few pixels.
@@ -270,7 +219,7 @@ class _Group:
 def _groups(spans: Sequence[Span], classes: Mapping[str, str]) -> Iterator[_Group]:
     """Groups of a lane in order of time, in milliseconds; the texts from long to short."""
     working = [span for span in spans if span.kind != "wait"]
-    for (kind, layer), members in groupby(working, key=lambda s: (_class(s, classes), s.layer)):
+    for (kind, layer), members in groupby(working, key=lambda s: (span_class(s, classes), s.layer)):
         mine = list(members)
         short = LOOKS[kind].short
         counted = f"{len(mine)} × {short}" if len(mine) > 1 else short
@@ -296,14 +245,8 @@ def _labels(axes: Axes, y: int, spans: Sequence[Span], classes: Mapping[str, str
             axes.plot((group.start, group.end), line, color=QUIET, linewidth=0.6)
 
 
-def _class(span: Span, classes: Mapping[str, str]) -> str:
-    if span.kind == "run":
-        return classes.get(_plain(span.name), "layer")
-    return f"load {span.name}" if span.kind == "load" else "wait"
-
-
 def _legend(figure: Figure, panels: Sequence[Panel], classes: Mapping[str, str]) -> None:
-    present = {_class(span, classes) for panel in panels for span in panel.spans}
+    present = {span_class(span, classes) for panel in panels for span in panel.spans}
     handles = [
         Patch(
             facecolor=look.colour,
