@@ -100,9 +100,7 @@ class Window:
         return self
 
     def __exit__(self, *_: object) -> None:
-        wall, own, busy = (
-            end - begin for end, begin in zip(_clocks(), self._begin, strict=True)
-        )
+        wall, own, busy = (end - begin for end, begin in zip(_clocks(), self._begin, strict=True))
         self.seconds = wall
         self.own_cores = own / wall
         self.other_cores = max(0.0, (busy - own) / wall)

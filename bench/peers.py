@@ -9,6 +9,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -108,6 +109,13 @@ class Peer:
     _process: subprocess.Popen[str] | None = None
 
     def __enter__(self) -> Self:
+        self._start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop()
+
+    def _start(self) -> None:
         program = Path(__file__).with_name("peer_process.py")
         with self.log.open("a", encoding="utf-8") as log:
             self._process = subprocess.Popen(
@@ -117,25 +125,25 @@ class Peer:
                 stderr=log,
                 text=True,
             )
-        try:
-            self.loaded = self._ask(asdict(self.spec))
-        except PeerDiedError:
-            self.__exit__()
-            raise
-        return self
+        self.loaded = self._ask(asdict(self.spec))
 
-    def __exit__(self, *_: object) -> None:
+    def _stop(self) -> None:
         process = self._process
-        assert process is not None and process.stdin is not None and process.stdout is not None
-        try:
+        if process is None:
+            return
+        self._process = None
+        assert process.stdin is not None and process.stdout is not None
+        # What is still in the pipe of a process that died cannot be flushed.
+        with suppress(BrokenPipeError):
             process.stdin.close()
-        except BrokenPipeError:
-            pass
         process.wait()
         process.stdout.close()
 
     def run(self, job: Job) -> Outcome:
-        """Run one job. Raises PeerDiedError."""
+        """Run one job, in a new process if an earlier job ended the last one. Raises
+        PeerDiedError."""
+        if self._process is None:
+            self._start()
         return decode_outcome(self._ask(asdict(job)))
 
     def held_bytes(self) -> int:
@@ -146,15 +154,17 @@ class Peer:
     def _ask(self, question: dict[str, Any]) -> dict[str, Any]:
         process = self._process
         assert process is not None and process.stdin is not None and process.stdout is not None
-        try:
+        # A process that died is noticed by the answer that does not come.
+        with suppress(BrokenPipeError):
             process.stdin.write(json.dumps(question) + "\n")
             process.stdin.flush()
-        except BrokenPipeError:
-            pass
         line = process.stdout.readline()
         if not line:
-            code = process.wait()
-            raise PeerDiedError(f"the peer ended with code {code}; its output is in {self.log}")
+            self._stop()
+            raise PeerDiedError(
+                f"the peer ended with code {process.returncode} (-9: killed, as a rule for "
+                f"memory); its output is in {self.log}"
+            )
         answer: dict[str, Any] = json.loads(line)
         return answer
 
@@ -195,30 +205,33 @@ def sweep(
     new_tokens: int,
 ) -> Sweep:
     """Try growing batches until one does not fit or the rate falls, then the other ways to run
-    experts at the best one. ``job_of(batch, experts)`` makes a short job."""
+    experts at the best one. ``job_of(batch, experts)`` makes a short job. Raises PeerDiedError if
+    not even the smallest batch works."""
     found = Sweep(new_tokens)
     for batch in sorted(batches):
         needed = expected_bytes(found.outcomes, batch)
         if needed > _MEMORY_SHARE * (host.available_bytes() + peer.held_bytes()):
             found.notes.append(f"batch {batch} not tried: expected to need {needed / 1e9:.1f} GB")
             break
-        try:
-            found.outcomes.append(peer.run(job_of(batch, EXPERTS[0])))
-        except PeerDiedError as error:
-            if not found.outcomes:
-                raise
-            found.notes.append(f"batch {batch} failed: {error}")
-            return found
+        if not _try(found, peer, job_of(batch, EXPERTS[0])):
+            break
         if len(found.outcomes) > 1 and _falling(found):
             break
+    if not found.outcomes:
+        raise PeerDiedError(found.notes[0])
     best = found.best.batch
     for experts in EXPERTS[1:]:
-        try:
-            found.outcomes.append(peer.run(job_of(best, experts)))
-        except PeerDiedError as error:
-            found.notes.append(f"{experts} at batch {best} failed: {error}")
-            return found
+        _try(found, peer, job_of(best, experts))
     return found
+
+
+def _try(found: Sweep, peer: Peer, job: Job) -> bool:
+    try:
+        found.outcomes.append(peer.run(job))
+    except PeerDiedError as error:
+        found.notes.append(f"batch {job.batch} with {job.experts} experts failed: {error}")
+        return False
+    return True
 
 
 def _falling(found: Sweep) -> bool:

@@ -17,7 +17,10 @@ def random_prompts(
     """``count`` prompts of random tokens, lengths uniform from ``shortest`` to ``longest``."""
     source = random.Random(seed)
     return [
-        [source.randrange(_FIRST_PLAIN_TOKEN, vocab) for _ in range(source.randint(shortest, longest))]
+        [
+            source.randrange(_FIRST_PLAIN_TOKEN, vocab)
+            for _ in range(source.randint(shortest, longest))
+        ]
         for _ in range(count)
     ]
 
@@ -49,9 +52,7 @@ def agreement(one: Answers, other: Answers) -> dict[str, float | int]:
     if not common:
         return {"prompts": 0, "first_token": 0.0, "all_tokens": 0.0}
     firsts = sum(one[i][0] == other[i][0] for i in common)
-    wholes = sum(
-        all(a == b for a, b in zip(one[i], other[i], strict=False)) for i in common
-    )
+    wholes = sum(all(a == b for a, b in zip(one[i], other[i], strict=False)) for i in common)
     return {
         "prompts": len(common),
         "first_token": firsts / len(common),

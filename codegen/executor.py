@@ -6,7 +6,6 @@ to be read, and the runtime runs exactly this text.
 
 from collections.abc import Iterable, Mapping
 
-from dovetail.codegen.ops import Names, op_text
 from dovetail.codegen.segments import emit_expert, emit_segment, function_name
 from dovetail.ir.program import (
     Free,
@@ -19,8 +18,6 @@ from dovetail.ir.program import (
     Wait,
 )
 from dovetail.ir.task_graph import Body, TaskGraph
-
-__all__ = ["Names", "emit_executor", "op_text"]
 
 
 def emit_executor(graph: TaskGraph, program: Program, title: Mapping[str, str]) -> str:

@@ -53,7 +53,7 @@ _FUNCTIONS = {
 }
 
 
-class _Printer(PythonCodePrinter):
+class _Printer(PythonCodePrinter):  # type: ignore[misc]  # sympy has no types
     """Sizes are whole numbers: ``floor(a / b)`` is ``a // b``."""
 
     def _print_floor(self, expr: sympy.floor) -> str:

@@ -7,7 +7,7 @@ counted.
 import keyword
 from collections.abc import Iterable
 
-from dovetail.codegen.ops import op_text, size_text
+from dovetail.codegen.ops import Names, op_text
 from dovetail.ir.expr import DIMS, evaluate
 from dovetail.ir.program import Program, Segment
 from dovetail.ir.task_graph import (
@@ -108,8 +108,7 @@ def _emit_tasks(graph: TaskGraph, body: Body, segment: Segment, tasks: list[Task
     return lines
 
 
-def _call(task: Task, op: Op, spell: object, handles: bool) -> str:
-    assert callable(spell)
+def _call(task: Task, op: Op, spell: Names, handles: bool) -> str:
     if op.target == "dovetail.kv_update":
         args = ", ".join(spell(a.name) for a in op.args if isinstance(a, Ref))
         return f"g.kv.update(layer, {args}, materialise={not handles})"
@@ -117,9 +116,8 @@ def _call(task: Task, op: Op, spell: object, handles: bool) -> str:
         args = ", ".join(spell(a.name) if isinstance(a, Ref) else repr(a) for a in op.args)
         return f"m.attention({args}, g.kv)"
     if task.role is Role.EMBED and op.target.startswith("aten.embedding"):
-        args = [spell(a.name) for a in op.args if isinstance(a, Ref)]
-        name = next(a.name for a in op.args if isinstance(a, Ref))
-        return f'm.embedding(w, "{name}", {args[1]})'
+        table, ids = (a.name for a in op.args if isinstance(a, Ref))
+        return f'm.embedding(w, "{table}", {spell(ids)})'
     return op_text(op, spell)
 
 
@@ -160,9 +158,7 @@ def _carried(body: Body, name: str) -> str:
     return name
 
 
-def _deaths(
-    ops: list[Op], kept: set[str], inputs: Iterable[str], body: Body
-) -> list[list[str]]:
+def _deaths(ops: list[Op], kept: set[str], inputs: Iterable[str], body: Body) -> list[list[str]]:
     """For every operator, the names whose memory is no longer needed after it; small values and
     those that live to the end are left to the function's return."""
     root: dict[str, str] = {}
@@ -252,6 +248,3 @@ def _linear(experts: Experts, parts: set[str], x: str, part: str) -> str:
     if experts.transposed:
         return f'torch.addmm({bias}, {x}, w["{part}"])' if bias else f'{x} @ w["{part}"]'
     return f'linear({x}, w["{part}"]{", " + bias if bias else ""})'
-
-
-__all__ = ["emit_expert", "emit_segment", "function_name", "size_text"]

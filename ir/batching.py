@@ -1,4 +1,4 @@
-"""Which sequences take part in which step: admission, refill and leaving, as one pure state machine.
+"""Which sequences take part in which step: admission, refill and leaving, as a state machine.
 
 The simulator and the runtime drive the same ``Batcher``, so the planner's steps are the executor's
 steps whenever no sequence stops early. Longest prompts go first: a row that becomes free then fits

@@ -12,6 +12,7 @@ import json
 import types
 import typing
 from collections.abc import Mapping
+from dataclasses import is_dataclass
 from typing import Any, TypeVar
 
 import sympy
@@ -67,7 +68,9 @@ def _decode(data: Any, kind: Any, where: str) -> Any:
         return {key: _decode(item, args[1], f"{where}.{key}") for key, item in data.items()}
     if origin is typing.Literal:
         if data not in args:
-            raise PlanError(f"{where}: found {data!r}, expected one of {', '.join(map(repr, args))}")
+            raise PlanError(
+                f"{where}: found {data!r}, expected one of {', '.join(map(repr, args))}"
+            )
         return data
     if dataclasses.is_dataclass(kind):
         return _decode_record(data, kind, where)
@@ -96,7 +99,7 @@ def _decode_primitive(data: Any, kind: Any, where: str) -> Any:
 def _decode_union(data: Any, options: tuple[Any, ...], where: str) -> Any:
     if data is None and type(None) in options:
         return None
-    records = {o.__name__: o for o in options if dataclasses.is_dataclass(o)}
+    records = {str(o.__name__): o for o in options if isinstance(o, type) and is_dataclass(o)}
     if isinstance(data, dict) and data.get("kind") in records:
         return _decode_record(data, records[data["kind"]], where)
     problems = []
@@ -117,7 +120,9 @@ def _decode_tuple(data: Any, args: tuple[Any, ...], where: str) -> tuple[Any, ..
         return tuple(_decode(item, args[0], f"{where}[{i}]") for i, item in enumerate(data))
     if len(data) != len(args):
         raise PlanError(f"{where}: found {len(data)} items, expected {len(args)}")
-    return tuple(_decode(x, a, f"{where}[{i}]") for i, (x, a) in enumerate(zip(data, args, strict=True)))
+    return tuple(
+        _decode(x, a, f"{where}[{i}]") for i, (x, a) in enumerate(zip(data, args, strict=True))
+    )
 
 
 def _decode_record(data: Any, kind: Any, where: str) -> Any:
@@ -131,7 +136,9 @@ def _decode_record(data: Any, kind: Any, where: str) -> Any:
     values = {}
     for field in dataclasses.fields(kind):
         if field.name in data:
-            values[field.name] = _decode(data[field.name], hints[field.name], f"{where}.{field.name}")
+            values[field.name] = _decode(
+                data[field.name], hints[field.name], f"{where}.{field.name}"
+            )
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise PlanError(f"{where}: field {field.name!r} of {kind.__name__} is missing")
     try:
@@ -151,7 +158,9 @@ def _hints(kind: Any) -> dict[str, Any]:
 
 def _expect(data: Any, kind: Any, where: str) -> None:
     if not isinstance(data, kind):
-        expected = {dict: "an object", list: "a list"}.get(kind, getattr(kind, "__name__", str(kind)))
+        expected = {dict: "an object", list: "a list"}.get(
+            kind, getattr(kind, "__name__", str(kind))
+        )
         raise PlanError(f"{where}: found {_short(data)}, expected {expected}")
 
 

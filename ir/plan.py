@@ -109,7 +109,9 @@ def load_plan(path: Path) -> Plan:
         raise PlanError(f"{path}: not a dovetail plan: expected an object of kind 'Plan'")
     if data.get("version") != VERSION:
         found = data.get("version")
-        raise PlanError(f"{path}: plan version {found!r}, this dovetail reads {VERSION}; plan again")
+        raise PlanError(
+            f"{path}: plan version {found!r}, this dovetail reads {VERSION}; plan again"
+        )
     stated = data.pop("digest", None)
     try:
         plan = codec.decode(data, Plan)

@@ -2,8 +2,8 @@
 
 A **body** is a straight list of **tasks** over named values; the graph is a prologue (embedding,
 rotary tables), one body per kind of layer, the list saying which body each layer runs, and an
-epilogue (final norm, head). Sizes are expressions in the dims ``seqs``, ``q_len``, ``past``. Weights
-are named by fully qualified name with ``{layer}`` left open inside a layer body.
+epilogue (final norm, head). Sizes are expressions in the dims ``seqs``, ``q_len`` and ``past``.
+Weights are named by fully qualified name with ``{layer}`` left open inside a layer body.
 """
 
 from collections.abc import Iterator, Mapping

@@ -214,9 +214,7 @@ class Execution:
         return [worker.name for worker in self._workers if worker.number not in there]
 
 
-def _steps(
-    items: Sequence[Flat], steps: int, compute: bool
-) -> Iterator[tuple[int, int, Flat]]:
+def _steps(items: Sequence[Flat], steps: int, compute: bool) -> Iterator[tuple[int, int, Flat]]:
     """Step, place in the list and instruction. A step begins when every worker has ended the one
     before: whoever asked for it sees to that. Disk engines run ahead."""
     for step in range(steps):

@@ -157,7 +157,9 @@ def _check_seam(where: str, task: Task) -> None:
                 f"{where}: {found} of {name} on a task of role {task.role}, expected one exactly "
                 f"on tasks of role {role}"
             )
-        if task.role is role and not any(_SEAMS.get(op.target, (None,))[0] is role for op in task.ops):
+        if task.role is role and not any(
+            _SEAMS.get(op.target, (None,))[0] is role for op in task.ops
+        ):
             seam = next(target for target, (r, _, _) in _SEAMS.items() if r is role)
             raise VerifyError(f"{where}: a task of role {role} without {seam}, expected that alone")
     if task.experts is not None:

@@ -125,7 +125,9 @@ def _check_resident(program: Program, graph: TaskGraph) -> None:
     layers = len(graph.layers)
     for kind, layer, count in program.resident:
         if kind not in ("embed", *STREAMED):
-            raise VerifyError(f"resident: unknown unit {kind}, expected embed, dense, experts, head")
+            raise VerifyError(
+                f"resident: unknown unit {kind}, expected embed, dense, experts, head"
+            )
         in_layer = kind in ("dense", "experts")
         if in_layer != (0 <= layer < layers) or (not in_layer and layer != -1):
             expected = f"0..{layers - 1}" if in_layer else "-1"
@@ -181,7 +183,9 @@ def _check_engines(program: Program, flat: Mapping[str, tuple[Flat, ...]]) -> No
         for item in items:
             if _loads(item) == compute:
                 kind = "disk" if compute else "compute"
-                raise VerifyError(f"{engine}: {instruction_text(item)}, expected on a {kind} engine")
+                raise VerifyError(
+                    f"{engine}: {instruction_text(item)}, expected on a {kind} engine"
+                )
             if isinstance(item, Load) and loaders.setdefault(item.ring, engine) != engine:
                 raise VerifyError(
                     f"ring {item.ring} is loaded by {loaders[item.ring]} and {engine}, expected one "
@@ -197,29 +201,29 @@ def _loads(item: Flat) -> bool:
     return False
 
 
-def _check_units(
-    program: Program, graph: TaskGraph, flat: Mapping[str, tuple[Flat, ...]]
-) -> None:
+def _check_units(program: Program, graph: TaskGraph, flat: Mapping[str, tuple[Flat, ...]]) -> None:
     """Every ring, segment and unit that an instruction names exists, and fits its buffer."""
     rings = {ring.name: ring for ring in program.rings}
     segments = {segment.name for segment in program.segments}
+    first: dict[Flat, str] = {}
     for engine, items in flat.items():
-        for item in set(items):
-            at = f"{engine}: {instruction_text(item)}"
-            if isinstance(item, Run):
-                _known(at, "segment", item.segment, segments)
-                _known(at, "unit", item.unit or "ram", {"ram", "disk rows", *rings})
-                continue
-            if not isinstance(item, Wait | Signal):
-                _known(at, "ring", item.ring, rings)
-                size = _check_streamed(at, program, graph, item.ring, item.layer, item.chunk)
-                if size > rings[item.ring].slot_bytes:
-                    raise VerifyError(
-                        f"{at}: the unit takes {size} bytes, expected at most the "
-                        f"{rings[item.ring].slot_bytes} of one buffer of the ring"
-                    )
-            elif item.what != "phase":
-                _known(at, "ring", item.name, rings)
+        first |= {item: engine for item in items if item not in first}
+    for item, engine in first.items():
+        at = f"{engine}: {instruction_text(item)}"
+        if isinstance(item, Run):
+            _known(at, "segment", item.segment, segments)
+            _known(at, "unit", item.unit or "ram", {"ram", "disk rows", *rings})
+            continue
+        if not isinstance(item, Wait | Signal):
+            _known(at, "ring", item.ring, rings)
+            size = _check_streamed(at, program, graph, item.ring, item.layer, item.chunk)
+            if size > rings[item.ring].slot_bytes:
+                raise VerifyError(
+                    f"{at}: the unit takes {size} bytes, expected at most the "
+                    f"{rings[item.ring].slot_bytes} of one buffer of the ring"
+                )
+        elif item.what != "phase":
+            _known(at, "ring", item.name, rings)
 
 
 def _check_streamed(
@@ -246,9 +250,7 @@ def _known(at: str, what: str, name: str, names: Iterable[str]) -> None:
         raise VerifyError(f"{at}: unknown {what} {name}, expected one of {listed}")
 
 
-def _check_phases(
-    program: Program, graph: TaskGraph, flat: Mapping[str, tuple[Flat, ...]]
-) -> None:
+def _check_phases(program: Program, graph: TaskGraph, flat: Mapping[str, tuple[Flat, ...]]) -> None:
     """Every worker signals, and waits for, every phase as often as a step has it."""
     routed = sum(graph.body(layer).experts is not None for layer in range(len(graph.layers)))
     expected = {"tokens": routed, "experts": routed, "hidden": 1, "step": 1}

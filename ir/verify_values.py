@@ -35,9 +35,9 @@ class Values:
         segment = self._segments[run.segment]
         place = self._place(engine, segment, run.layer)
         self._check_weights(engine, run, segment)
-        self._check_once(engine, run, segment, place)
-        for name in segment.reads:
-            self._check_read(engine, segment, place, name)
+        if self._check_once(engine, run, segment, place):
+            for name in segment.reads:
+                self._check_read(engine, segment, place, name)
         for name in segment.writes:
             written = self._written.setdefault((engine.step, place, name), {})
             written[engine.number] = engine.clock[engine.number]
@@ -120,8 +120,9 @@ class Values:
             return ("embed" if body is self._graph.prologue else "head", _OUTSIDE, 0)
         return ("dense", run.layer, 0)
 
-    def _check_once(self, engine: Engine, run: Run, segment: Segment, place: int) -> None:
-        """A segment runs once in a step, each of its experts if it has some."""
+    def _check_once(self, engine: Engine, run: Run, segment: Segment, place: int) -> bool:
+        """A segment runs once in a step, each of its experts if it has some. Returns whether this
+        is the worker's first run of it; what orders this one orders the next ones too."""
         ran = self._ran.setdefault((engine.step, engine.number, segment.name, place), set())
         now = {0}
         if segment.over == "experts":
@@ -129,7 +130,9 @@ class Values:
         if ran & now:
             what = f"expert {min(ran & now)}" if segment.over == "experts" else segment.name
             raise engine.error(f"{what} has run in this step already, expected it once")
+        first = not ran
         ran |= now
+        return first
 
     def _check_read(self, engine: Engine, segment: Segment, place: int, name: str) -> None:
         source = self._source(segment, place, name)

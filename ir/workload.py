@@ -17,7 +17,9 @@ class Workload:
 
     def __post_init__(self) -> None:
         if not self.lengths or any(n < 1 or count < 1 for n, count in self.lengths):
-            raise ValueError(f"a workload needs prompts of at least one token, found {self.lengths}")
+            raise ValueError(
+                f"a workload needs prompts of at least one token, found {self.lengths}"
+            )
         if self.new_tokens < 1:
             raise ValueError(f"new_tokens must be at least 1, found {self.new_tokens}")
         if list(self.lengths) != sorted(set(self.lengths), reverse=True):

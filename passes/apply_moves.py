@@ -25,13 +25,8 @@ from dovetail.ir.program import Settings
 from dovetail.ir.task_graph import Body, Role, TaskGraph
 
 DEFAULT_BLOCK = 8 << 20
-_SPLITS = {
-    ("attention", "seqs"),
-    ("attention", "tokens"),
-    ("experts", "tokens"),
-    ("experts", "experts"),
-    ("head", "seqs"),
-}
+SPLITS = ("attention/seqs", "attention/tokens", "experts/experts", "experts/tokens", "head/seqs")
+"""The axes along which a schedule may split a role."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,20 +174,22 @@ def _place(layout: Layout, move: Place) -> Layout:
 
 
 def _split(layout: Layout, move: Split) -> Layout:
-    if (move.role, move.axis) not in _SPLITS:
-        allowed = ", ".join(f"{role}/{axis}" for role, axis in sorted(_SPLITS))
-        raise VerifyError(
-            f"split {move.role} along {move.axis}: wrong axis; a role may be split as {allowed}"
-        )
     _positive(move, size=move.size)
-    field = {
-        ("attention", "seqs"): "rows",
-        ("attention", "tokens"): "attn_tokens",
-        ("experts", "tokens"): "expert_rows",
-        ("experts", "experts"): "chunk",
-        ("head", "seqs"): "head_rows",
-    }[move.role, move.axis]
-    return replace(layout, **{field: move.size})
+    match move.role, move.axis:
+        case "attention", "seqs":
+            return replace(layout, rows=move.size)
+        case "attention", "tokens":
+            return replace(layout, attn_tokens=move.size)
+        case "experts", "tokens":
+            return replace(layout, expert_rows=move.size)
+        case "experts", "experts":
+            return replace(layout, chunk=move.size)
+        case "head", "seqs":
+            return replace(layout, head_rows=move.size)
+    raise VerifyError(
+        f"split {move.role} along {move.axis}: wrong axis; a role may be split as "
+        f"{', '.join(SPLITS)}"
+    )
 
 
 def _fuse(layout: Layout, move: Fuse) -> Layout:

@@ -54,9 +54,7 @@ def bound(graph: TaskGraph, machine: Machine, budget: int, workload: Workload) -
     return _bound(graph, machine, budget, _Sequences(counts))
 
 
-def bound_of_steps(
-    graph: TaskGraph, machine: Machine, budget: int, steps: Iterable[Step]
-) -> Bound:
+def bound_of_steps(graph: TaskGraph, machine: Machine, budget: int, steps: Iterable[Step]) -> Bound:
     """The bound of the sequences that these steps served."""
     length: dict[int, int] = {}
     made: Counter[int] = Counter()

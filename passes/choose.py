@@ -52,8 +52,8 @@ def choose(
     an unknown policy.
     """
     if policy != "auto" and policy not in POLICIES:
-        names = ", ".join(["auto", *POLICIES])
-        raise InputError(f"policy {policy!r} is not known; choose one of {names}")
+        known = ", ".join(["auto", *POLICIES])
+        raise InputError(f"policy {policy!r} is not known; choose one of {known}")
     setting = Setting(graph, machine, budget["ram"], workload)
     costs = Costs(machine)
     names = list(POLICIES) if policy == "auto" else [policy]
@@ -154,4 +154,3 @@ def _too_small(setting: Setting, policy: str) -> str:
         f"policy {policy!r} has no schedule that fits ram={found}, though others do (the leanest "
         f"needs {format_bytes(least, up=True)}): use --policy auto"
     )
-

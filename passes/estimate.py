@@ -14,9 +14,10 @@ from dovetail.ir.program import Flat, Load, Program, Run, unroll
 from dovetail.ir.workload import Workload
 from dovetail.passes.apply_moves import Layout
 from dovetail.passes.cost import Costs
+from dovetail.passes.durations import Durations
 from dovetail.passes.lower import lower
 from dovetail.passes.memory import resident_bytes
-from dovetail.passes.simulate import Durations, decode_step
+from dovetail.passes.simulate import decode_step
 
 
 def estimate(layout: Layout, machine: Machine, workload: Workload, costs: Costs) -> float:

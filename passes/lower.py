@@ -6,6 +6,7 @@ Layers with equal instructions become loops, also when kinds of layers alternate
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
+from dovetail.ir.placement import experts_of
 from dovetail.ir.program import (
     Free,
     Instruction,
@@ -21,7 +22,6 @@ from dovetail.ir.program import (
 from dovetail.ir.task_graph import Body, TaskGraph
 from dovetail.passes.apply_moves import Layout
 from dovetail.passes.memory import ram_bytes, ring_bytes
-from dovetail.ir.placement import experts_of
 
 MAX_PERIOD = 4
 """Longest pattern of layer kinds that is recognised as a loop."""
@@ -94,7 +94,9 @@ def _segment_name(layout: Layout, body: Body, index: int) -> str:
     names = groups[index]
     if len(names) == 1:
         return f"{body.name}.{names[0]}"
-    experts_at = next((i for i, g in enumerate(groups) if body.experts and body.experts.name in g), -1)
+    experts_at = next(
+        (i for i, g in enumerate(groups) if body.experts and body.experts.name in g), -1
+    )
     if experts_at < 0:
         return f"{body.name}.part{index}"
     return f"{body.name}.{'before' if index < experts_at else 'after'}"

@@ -8,10 +8,7 @@ import functools
 import math
 from collections.abc import Iterable
 
-from dovetail.ir.expr import evaluate
-from dovetail.ir.task_graph import ITEMSIZE, Body, Op, Ref, Task, TaskGraph
-from dovetail.passes.apply_moves import Layout
-from dovetail.passes.cost import is_view
+from dovetail.ir.expr import Expr, evaluate
 from dovetail.ir.placement import (
     dense_weights,
     embed_weights,
@@ -20,6 +17,9 @@ from dovetail.ir.placement import (
     head_weights,
     weights_bytes,
 )
+from dovetail.ir.task_graph import ITEMSIZE, Body, Op, Ref, Task, TaskGraph
+from dovetail.passes.apply_moves import Layout
+from dovetail.passes.cost import is_view
 
 KERNEL_BYTES = 768 << 10
 """Generated code and tables that oneDNN keeps per shape of a 16-bit GEMM (see runtime.linear)."""
@@ -35,7 +35,9 @@ def ring_bytes(layout: Layout) -> dict[str, int]:
     """Bytes of one buffer of every ring that the layout streams through."""
     graph, sizes = layout.graph, {}
     layers = range(len(graph.layers))
-    dense = [weights_bytes(dense_weights(graph.body(i))) for i in layers if not layout.dense_resident[i]]
+    dense = [
+        weights_bytes(dense_weights(graph.body(i))) for i in layers if not layout.dense_resident[i]
+    ]
     if dense:
         sizes["dense"] = max(dense)
     experts = [e for i in layers if layout.chunks(i) and (e := experts_of(graph, i))]
@@ -83,7 +85,12 @@ def kernel_bytes(graph: TaskGraph) -> int:
         return 0
     bodies = (graph.prologue, *graph.bodies, graph.epilogue)
     weights = {w.shape for b in bodies for t in b.tasks for w in t.weights if len(w.shape) == 2}
-    experts = {t.shape for b in bodies if b.experts and b.experts.experts for t in b.experts.experts.tensors}
+    experts = {
+        t.shape
+        for b in bodies
+        if b.experts and b.experts.experts
+        for t in b.experts.experts.tensors
+    }
     return len(weights | experts) * KERNEL_BUCKETS * KERNEL_BYTES
 
 
@@ -133,9 +140,7 @@ def _shared_bytes(graph: TaskGraph) -> int:
 
 def _per_token(body: Body, names: Iterable[str]) -> int:
     values = (body.values[name] for name in names if name in body.values)
-    return sum(
-        math.ceil(_value_bytes(v.shape, v.dtype, 1, 64, 0) / 64) for v in values
-    )
+    return sum(math.ceil(_value_bytes(v.shape, v.dtype, 1, 64, 0) / 64) for v in values)
 
 
 def _group_shapes(layout: Layout) -> list[tuple[int, int, int]]:
@@ -240,8 +245,8 @@ def _scratch_bytes(op: Op, body: Body, shape: tuple[int, int, int]) -> int:
     return seqs * (past + q_len) + (heads * tile * 2 if op.args[3] is not None else tile)
 
 
-def _value_bytes(shape: tuple[object, ...], dtype: str, seqs: int, q_len: int, past: int) -> float:
+def _value_bytes(shape: tuple[Expr, ...], dtype: str, seqs: int, q_len: int, past: int) -> float:
     size = 1.0
     for dim in shape:
-        size *= evaluate(dim, seqs=seqs, q_len=q_len, past=past)  # type: ignore[arg-type]
+        size *= evaluate(dim, seqs=seqs, q_len=q_len, past=past)
     return size * ITEMSIZE[dtype]

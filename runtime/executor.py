@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dovetail.ir.batching import Group, Step, group_shares
+from dovetail.ir.batching import Step, group_shares
 from dovetail.ir.placement import embed_weights, experts_of
 from dovetail.ir.program import Program
 from dovetail.ir.task_graph import TaskGraph
 from dovetail.runtime.attention import attention
 from dovetail.runtime.direct_io import Reader, direct_span
+from dovetail.runtime.group_state import GroupState
 from dovetail.runtime.kv_store import KvGroup, KvStore
 from dovetail.runtime.pools import Arena, RingClosed, SlotRing, TierBudget, torch_dtype
 from dovetail.runtime.recorder import Recorder, clock
@@ -29,31 +30,6 @@ DISK_WORKER = -1
 """The ``worker`` that a disk engine's function is called with."""
 WAIT_RECORDED = 20e-6
 """Waits shorter than this many seconds are not worth a span."""
-
-
-class GroupState:
-    """A group of sequences in the current step: its dims, values by name, and KV access."""
-
-    __slots__ = ("group", "kv", "past", "q_len", "seqs", "start", "tokens", "valid", "values")
-
-    def __init__(self, group: Group, kv: KvGroup, start: int, values: dict[str, Tensor]) -> None:
-        self.group, self.kv, self.start, self.values = group, kv, start, values
-        self.seqs, self.q_len = len(group.members), group.q_len
-        self.past = 0 if group.prefill else group.past
-        self.tokens = sum(group.lengths)
-        self.valid: Tensor | None = None
-        if self.tokens != group.tokens:
-            lengths = torch.tensor(group.lengths).unsqueeze(1)
-            mask = torch.arange(group.q_len).unsqueeze(0) < lengths
-            self.valid = mask.reshape(-1).nonzero().squeeze(1)
-
-    def last_hidden(self) -> Tensor:
-        """The hidden state of every sequence's last new token, ``[seqs, 1, hidden]``."""
-        hidden = self.values.pop("hidden")
-        if self.q_len == 1:
-            return hidden
-        last = torch.tensor(self.group.lengths) - 1
-        return hidden[torch.arange(self.seqs), last].unsqueeze(1)
 
 
 class Runtime:
@@ -223,7 +199,7 @@ class Runtime:
                     function(self, worker)
             except (RingClosed, threading.BrokenBarrierError):
                 pass
-            except BaseException as error:  # noqa: BLE001 - handed to the controller
+            except BaseException as error:
                 self._fail(error)
 
         return threading.Thread(target=body, name=f"dovetail-{engine}", daemon=True)
@@ -271,7 +247,9 @@ class Runtime:
         begin = clock()
         n = self._loads[ring]
         buffer = self._rings[ring].acquire(n)
-        experts = self.program.settings.chunk_experts(layer, chunk) if ring == "experts" else range(0)
+        experts = (
+            self.program.settings.chunk_experts(layer, chunk) if ring == "experts" else range(0)
+        )
         unit = self._store.unit(ring, -1 if ring == "head" else layer, experts)
         slot = n % len(self._held[ring])
         self._held[ring][slot] = self._store.read(unit, buffer, streamed=True)
@@ -379,10 +357,10 @@ class Runtime:
         """Rows of the embedding table, from memory or, if it stays there, from disk."""
         if name in weights:
             return torch.nn.functional.embedding(ids, weights[name])
-        unique, places = ids.reshape(-1).unique(return_inverse=True)
+        unique, places = torch.unique(ids, return_inverse=True)
         with self._row_lock:
             table = self._store.rows(name, unique, self._row_buffer)
-        return table.index_select(0, places).view(*ids.shape, -1)
+        return table.index_select(0, places.view(-1)).view(*ids.shape, -1)
 
     attention = staticmethod(attention)
 

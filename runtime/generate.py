@@ -80,21 +80,21 @@ class Generator:
                 if token in self._stop:
                     stopped.append(index)
             left = batcher.advance(step, stopped)
-            yield StepReport(step, tuple(self._leave(i, stopped, limits) for i in left), len(tokens))
+            yield StepReport(
+                step, tuple(self._leave(i, stopped, limits) for i in left), len(tokens)
+            )
 
     def _leave(self, index: int, stopped: list[int], limits: Mapping[int, int]) -> Finished:
         tokens = tuple(self._made.pop(index))
         assert len(tokens) <= limits[index]
         return Finished(index, tokens, "stop" if index in stopped else "length")
 
-    def _inputs(
-        self, group: Group, prompt: Callable[[int], Sequence[int]]
-    ) -> dict[str, Tensor]:
+    def _inputs(self, group: Group, prompt: Callable[[int], Sequence[int]]) -> dict[str, Tensor]:
         """Token ids and positions of a group, ``[seqs, q_len]``, zeros where padded."""
         if not group.prefill:
-            ids = [[self._made[member.index][-1]] for member in group.members]
-            positions = [[member.held] for member in group.members]
-            return {"input_ids": torch.tensor(ids), "position_ids": torch.tensor(positions)}
+            ids = torch.tensor([[self._made[member.index][-1]] for member in group.members])
+            held = torch.tensor([[member.held] for member in group.members])
+            return {"input_ids": ids, "position_ids": held}
         padded = torch.zeros((len(group.members), group.q_len), dtype=torch.int64)
         for row, member in zip(padded, group.members, strict=True):
             tokens = prompt(member.index)
@@ -108,5 +108,3 @@ class Generator:
             indices = (self._order[place] for place in places)
             who = [(index, len(self._made.get(index, []))) for index in indices]
         return choose(logits, self._sampling, who)
-
-

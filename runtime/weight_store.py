@@ -99,7 +99,12 @@ class WeightStore:
             assert spec is not None
             for expert in experts:
                 yield [
-                    _Slot(t.part, self._expert_entry(t.key, t.shape, layer, expert, t.stacked, spec.count), t.shape, t.dtype)
+                    _Slot(
+                        t.part,
+                        self._expert_entry(t.key, t.shape, layer, expert, t.stacked, spec.count),
+                        t.shape,
+                        t.dtype,
+                    )
                     for t in spec.tensors
                 ]
             return

@@ -1,7 +1,7 @@
 """``model_batch``: one batch size for every module, weights streamed beside compute.
 
-The model-based batching of FlexGen and DeepSpeed (as MoE-Gen, arXiv 2503.09716, names it): attention
-and experts see the same batch. ``module_batch`` with equal batch sizes is this policy.
+The model-based batching of FlexGen and DeepSpeed (as MoE-Gen, arXiv 2503.09716, names it):
+attention and experts see the same batch. ``module_batch`` with equal batch sizes is this policy.
 """
 
 from collections.abc import Iterator

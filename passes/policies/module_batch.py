@@ -10,6 +10,13 @@ from collections.abc import Iterator
 from itertools import pairwise
 
 from dovetail.ir.moves import Dispatch, Move, Overlap, Place, Reorder, Split
+from dovetail.ir.placement import (
+    dense_weights,
+    expert_bytes,
+    experts_of,
+    head_weights,
+    weights_bytes,
+)
 from dovetail.passes.apply_moves import Layout, apply_moves
 from dovetail.passes.memory import ram_bytes
 from dovetail.passes.policies.common import (
@@ -21,13 +28,6 @@ from dovetail.passes.policies.common import (
     max_experts,
     powers,
     prefetch_moves,
-)
-from dovetail.ir.placement import (
-    dense_weights,
-    expert_bytes,
-    experts_of,
-    head_weights,
-    weights_bytes,
 )
 
 LOAD_BYTES = 64 << 20
@@ -75,7 +75,9 @@ def _rich(setting: Setting) -> Knobs:
 def ladders(setting: Setting) -> Ladders:
     """The values that each knob may take, in order."""
     longest, total = setting.workload.longest, setting.workload.prompt_tokens
-    tokens = sorted({longest, *(t for t in powers(256, 1 << 16) if longest < t), max(longest, total)})
+    tokens = sorted(
+        {longest, *(t for t in powers(256, 1 << 16) if longest < t), max(longest, total)}
+    )
     return {
         "seqs": tuple(_between(powers(1, setting.workload.prompts))),
         "rows": (1, 2, 4, 8, 16, 32, 64, 128),
@@ -145,8 +147,8 @@ def moves(setting: Setting, knobs: Knobs) -> tuple[Move, ...] | None:
     """The schedule of these knobs, or None if the budget is too small for it.
 
     ``seqs`` in flight; ``rows`` and ``attn_tokens`` of one attention group; ``prefill_tokens`` of
-    one step; ``chunk`` experts per load and ``slots`` buffers; ``expert_rows``, ``head_rows`` of one
-    GEMM; ``workers``; ``refill`` (continuous batching); ``embed`` (table in ram) and ``resident``
+    one step; ``chunk`` experts per load and ``slots`` buffers; ``expert_rows``, ``head_rows`` of
+    one GEMM; ``workers``; ``refill`` (continuous batching); ``embed`` (table in ram) and ``resident``
     (at most this many bytes of other weights in ram; all that fits by default).
     """
     seqs, rows = int(knobs["seqs"]), int(knobs["rows"])
@@ -174,9 +176,7 @@ def moves(setting: Setting, knobs: Knobs) -> tuple[Move, ...] | None:
     return fill_ram(setting, fixed, int(knobs["chunk"]), most)
 
 
-def fill_ram(
-    setting: Setting, fixed: list[Move], chunk: int, most: int
-) -> tuple[Move, ...] | None:
+def fill_ram(setting: Setting, fixed: list[Move], chunk: int, most: int) -> tuple[Move, ...] | None:
     """``fixed`` with as many weights placed in ram as budget and ``most`` bytes allow: the whole
     model if it fits, else dense layers, head and experts in this order."""
     everything = [*fixed, Place("dense", "ram", setting.layers), Place("head", "ram")]

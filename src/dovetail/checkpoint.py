@@ -69,8 +69,8 @@ class ModelFolder:
         path = self.path / "tokenizer.json"
         if not path.exists():
             raise CheckpointError(
-                f"{path}: missing, so text prompts cannot be encoded; give prompts as input_ids, or "
-                "save the tokenizer there with transformers' "
+                f"{path}: missing, so text prompts cannot be encoded; give prompts as input_ids, "
+                "or save the tokenizer there with transformers' "
                 "AutoTokenizer.from_pretrained(...).save_pretrained(folder)"
             )
         return _load_tokenizer(path)
@@ -97,7 +97,7 @@ class ModelFolder:
 def _load_tokenizer(path: Path) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # noqa: BLE001 - the library raises plain Exception
+    except Exception as error:
         raise CheckpointError(f"{path}: not a readable tokenizer: {error}") from None
     # A file may carry the padding and truncation of its last use; each prompt stands alone here.
     tokenizer.no_padding()

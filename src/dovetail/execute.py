@@ -36,7 +36,7 @@ class Measured:
     pool_bytes: int = 0
     rss_bytes: int = 0
     classes: dict[str, float] = field(default_factory=dict)
-    timeline: Timeline = Timeline("measured", ())
+    timeline: Timeline = field(default_factory=lambda: Timeline("measured", ()))
 
 
 class Execution:

@@ -8,9 +8,7 @@ import sys
 from pathlib import Path
 
 from dovetail.ir.errors import DovetailError, InputError, OutputError
-from dovetail.ir.expr import Expr
 from dovetail.ir.plan import load_plan, save_plan
-from dovetail.ir.task_graph import TaskGraph
 from dovetail.plan_check import PlanCheck, load_graph
 from dovetail.plan_diff import diff_text
 
@@ -62,7 +60,9 @@ def show(path: Path, *, graph: bool, program: bool) -> int:
     found = load_graph(path, plan) if graph or program else None
     print(print_plan(plan))
     if found is not None and graph:
-        print(f"\n{print_graph(found, _flops(found))}")
+        from dovetail.passes.cost import task_flops
+
+        print(f"\n{print_graph(found, task_flops)}")
     if found is not None and program:
         from dovetail.passes.apply_moves import apply_moves
         from dovetail.passes.lower import lower
@@ -110,14 +110,6 @@ def timeline(path: Path, out: Path, picture: Path | None) -> int:
         draw(compared, picture, _note)
         print(f"picture of one layer: {picture}")
     return 0
-
-
-def _flops(graph: TaskGraph) -> dict[tuple[str, str], Expr]:
-    """FLOPs of every task by body and name."""
-    from dovetail.passes.cost import task_flops
-
-    bodies = (graph.prologue, *graph.bodies, graph.epilogue)
-    return {(b.name, t.name): task_flops(t, b) for b in bodies for t in b.tasks}
 
 
 def _note(text: str) -> None:

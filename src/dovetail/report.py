@@ -46,9 +46,7 @@ class Report:
     measured_timeline: Timeline
 
     @classmethod
-    def of(
-        cls, plan: Plan, layout: Layout, steps: Sequence[Step], measured: Measured
-    ) -> "Report":
+    def of(cls, plan: Plan, layout: Layout, steps: Sequence[Step], measured: Measured) -> "Report":
         """Set the measured run against what the cost model says of the same steps."""
         simulator = Simulator(layout, plan.machine, Costs(plan.machine))
         predicted = simulator.predict_steps(steps)
@@ -123,7 +121,8 @@ def table(report: Report, prompts: int, before: int, out: Path, place: Path) -> 
                  f"({error:+.0%}) for {report.steps} steps"),
         ("peak RAM", f"measured {format_bytes(report.rss_bytes)} (pools "
                      f"{format_bytes(report.pool_bytes)}), predicted "
-                     f"{format_bytes(report.predicted_peak)}, budget {format_bytes(report.budget)}"),
+                     f"{format_bytes(report.predicted_peak)}, "
+                     f"budget {format_bytes(report.budget)}"),
         ("bound", f"{report.bound_seconds:.2f} s, set by {report.bound_resource}; "
                   f"{report.roof_fraction:.0%} of it reached"),
         ("results", str(out)),

@@ -28,7 +28,6 @@ from dovetail.runtime.generate import Finished
 from dovetail.runtime.sampling import Sampling
 
 
-
 def run(options: argparse.Namespace) -> int:
     """The whole command. Raises DovetailError."""
     _check_paths(options)

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from dovetail.ir.program import Program
+from dovetail.ir.program import Segment
 from dovetail.ir.timeline import Span, Timeline
 
 
@@ -55,16 +55,15 @@ def _begin(timeline: Timeline, mine: Sequence[Span]) -> float:
     return min(begin, *before)
 
 
-def segment_classes(program: Program) -> dict[str, str]:
-    """The class of every segment, by the name that it has in the emitted executor."""
+def segment_classes(segments: Sequence[Segment]) -> dict[str, str]:
+    """The class of every segment of a program, by the name that it has in the emitted executor."""
     found: dict[str, str] = {}
-    ends = (program.segments[0].body, program.segments[-1].body)
-    for segment in program.segments:
-        body = [s for s in program.segments if s.body == segment.body]
+    ends = (segments[0].body, segments[-1].body)
+    for segment in segments:
+        body = [s for s in segments if s.body == segment.body]
         at = next((i for i, s in enumerate(body) if s.over == "experts"), -1)
         kind = "layer" if at < 0 else "attention" if body.index(segment) < at else "after"
-        if segment.body in ends:
-            kind = "ends"
+        kind = "ends" if segment.body in ends else kind
         found[_plain(segment.name)] = "experts" if segment.over == "experts" else kind
     return found
 

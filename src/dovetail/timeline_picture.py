@@ -17,7 +17,7 @@ from dovetail.ir.errors import InputError, OutputError
 from dovetail.ir.plan import Plan
 from dovetail.ir.timeline import Span
 from dovetail.ir.units import format_bytes, format_duration
-from dovetail.passes.lower import lower
+from dovetail.passes.lower import segments
 from dovetail.timeline_file import Compared
 from dovetail.timeline_panel import Panel, segment_classes, span_class
 
@@ -74,7 +74,7 @@ def draw(compared: Compared, path: Path, note: Callable[[str], None]) -> None:
             panels.append(panel)
         elif timeline is not None:
             note(f"the {timeline.source} step {compared.step} has no layer {layer}; left out")
-    classes = segment_classes(lower(compared.layout, {}))
+    classes = segment_classes(segments(compared.layout))
     _save(panels, classes, *_titles(compared.plan), path)
 
 

@@ -1,0 +1,102 @@
+"""Predictions against measurements, over policies, budgets and batch sizes."""
+
+import shutil
+import statistics
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from dovetail_run import Run, Task
+from harness import SHORT, Bench, weight_bytes
+from workloads import random_prompts
+
+from dovetail.checkpoint import ModelFolder
+from dovetail.ir.plan import load_plan
+from dovetail.planning import PLAN_FILE, plan_apart
+
+_SHARES = (0.25, 0.5)
+"""Budgets, as shares of the weights."""
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """A prediction and what was measured: seconds, bytes of memory, bytes read from disk."""
+
+    policy: str
+    budget: int
+    batch: int
+    prompts: str
+    seconds: tuple[float, float]
+    memory: tuple[int, int]
+    disk: tuple[int, int]
+    other_cores: float
+
+    @classmethod
+    def of(cls, done: Run, prompts: str) -> "Point":
+        """The point of a finished run."""
+        report = done.report
+        return cls(
+            policy=report["policy"],
+            budget=report["budget"],
+            batch=int(done.knobs["seqs"]),
+            prompts=prompts,
+            seconds=(report["predicted_seconds"], done.seconds),
+            memory=(report["predicted_peak_bytes"], done.peak_bytes),
+            disk=(done.predicted_disk_bytes, done.read_bytes),
+            other_cores=done.other_cores,
+        )
+
+    def errors(self) -> dict[str, float]:
+        """Predicted over measured, less one."""
+        pairs = {"seconds": self.seconds, "memory": self.memory, "disk": self.disk}
+        return {name: a / b - 1 if b else 0.0 for name, (a, b) in pairs.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Accuracy:
+    """Predictions against measurements."""
+
+    weights: int
+    points: list[Point]
+
+    def medians(self) -> dict[str, float]:
+        """Median size of the errors."""
+        errors = [point.errors() for point in self.points]
+        return {name: statistics.median([abs(e[name]) for e in errors]) for name in errors[0]}
+
+    def as_dict(self) -> dict[str, Any]:
+        """The section as JSON data."""
+        points = [asdict(point) | {"errors": point.errors()} for point in self.points]
+        return {"weights": self.weights, "points": points, "medians": self.medians()}
+
+
+def accuracy(bench: Bench) -> Accuracy:
+    """Every policy at two budgets: with the knobs that the search chose at the smaller one, and
+    with a quarter of that batch at the larger one; ``auto`` at all, one that holds everything
+    too."""
+    count, new = bench.prompts["accuracy"], bench.new_tokens["accuracy"]
+    weights = weight_bytes(bench.small)
+    prompts = random_prompts(count, *SHORT, ModelFolder.open(bench.small).vocab)
+    main = bench.threads[0]
+    budgets = [int(weights * share) for share in _SHARES]
+    cases: list[tuple[str, int, int]] = [("auto", budget, 1) for budget in (*budgets, 3 * weights)]
+    for policy in ("weight_stream", "model_batch", "module_batch"):
+        cases += [(policy, budgets[0], 1), (policy, budgets[1], 4)]
+    points = []
+    for policy, budget, part in cases:
+        knobs = None
+        if part > 1:
+            task = Task(
+                bench.small, prompts, new, budget, bench.place(), policy, None, bench.machines[main]
+            )
+            knobs = _with_batch(task, part)
+        done = bench.ours(bench.small, prompts, new, budget, main, policy, knobs)
+        points.append(Point.of(done, f"{count} of {SHORT[0]}-{SHORT[1]}"))
+    return Accuracy(weights, points)
+
+
+def _with_batch(task: Task, part: int) -> dict[str, int | bool]:
+    """The knobs that the search chooses, but with a ``part``-th of its batch."""
+    plan_apart(task.request(), task.place, lambda text: None)
+    knobs = dict(load_plan(task.place / PLAN_FILE).knobs)
+    shutil.rmtree(task.place)
+    return knobs | {"seqs": max(1, int(knobs["seqs"]) // part)}

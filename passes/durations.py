@@ -1,0 +1,126 @@
+"""Durations: `layout, step -> seconds of every instruction` on a machine."""
+
+from collections.abc import Iterator
+
+from dovetail.ir.batching import Group, Step, group_shares
+from dovetail.ir.machine import Machine
+from dovetail.ir.placement import dense_weights, experts_of, head_weights
+from dovetail.ir.program import Load, Program, Run, Segment
+from dovetail.passes.apply_moves import Layout
+from dovetail.passes.cost import Costs
+from dovetail.passes.lower import segment_body
+
+ROW_READ_SECONDS = 1e-4
+"""One embedding row read from disk: a small random read."""
+QUANTUM = 64
+"""KV lengths are rounded up to this many tokens, so that similar steps share a simulation."""
+
+
+class Durations:
+    """Seconds of every instruction of a layout's program in one step."""
+
+    def __init__(self, layout: Layout, program: Program, machine: Machine, costs: Costs) -> None:
+        self._layout, self._program = layout, program
+        self._machine, self._costs = machine, costs
+        self._segments = {segment.name: segment for segment in program.segments}
+        self._bodies = {s.name: segment_body(layout.graph, s) for s in program.segments}
+        busy = machine.keeps("cpu", "cpu") if layout.workers > 1 else 1.0
+        self.speed = {"cpu": busy * _thread_speedup(machine, layout.threads), "disk": 1.0}
+        self._load_bytes = {(ring, layer): size for ring, layer, size in _streamed_bytes(layout)}
+
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes read in one step."""
+        return sum(
+            size * (self._layout.chunks(layer) if ring == "experts" else 1)
+            for (ring, layer), size in self._load_bytes.items()
+        )
+
+    def contend(self, cpu_busy: float, disk_busy: float) -> None:
+        """Slow compute and disk by the share of the step in which the other is busy."""
+        cpu_keeps = self._machine.keeps("cpu", "disk")
+        disk_keeps = self._machine.keeps("disk", "cpu")
+        self.speed["cpu"] *= 1 - (1 - cpu_keeps) * disk_busy
+        self.speed["disk"] *= 1 - (1 - disk_keeps) * cpu_busy
+
+    def of(self, item: Load | Run, worker: int, step: Step) -> float:
+        """Seconds of a load or run."""
+        if isinstance(item, Load):
+            layer = -1 if item.ring == "head" else item.layer
+            block = self._layout.prefetch[item.ring].block
+            nbytes = self._load_bytes[item.ring, layer]
+            rate = self._machine.disk.at(min(block, nbytes)) * self.speed["disk"]
+            return nbytes / rate
+        segment = self._segments[item.segment]
+        if segment.over == "experts":
+            return self._experts(item, step) / self.speed["cpu"]
+        if segment.over == "seqs":
+            return self._head(segment, step) / self.speed["cpu"]
+        seconds = self._groups(segment, worker, step) / self.speed["cpu"]
+        if item.unit == "disk rows":
+            seconds += step.tokens / self._layout.workers * ROW_READ_SECONDS
+        return seconds
+
+    def _groups(self, segment: Segment, worker: int, step: Step) -> float:
+        shares = group_shares(step, self._layout.workers)
+        groups = [step.groups[i] for i in shares[worker]]
+        return sum(self._group(segment, g) for g in groups)
+
+    def _group(self, segment: Segment, group: Group) -> float:
+        body = self._bodies[segment.name]
+        past = -(-group.past // QUANTUM) * QUANTUM if group.past else 0
+        return sum(
+            self._costs.task_seconds(
+                task,
+                body,
+                self._layout.graph.dtype,
+                seqs=len(group.members),
+                q_len=group.q_len,
+                past=past,
+            )
+            for task in body.tasks
+            if task.name in segment.tasks
+        )
+
+    def _head(self, segment: Segment, step: Step) -> float:
+        layout, body = self._layout, self._bodies[segment.name]
+        seqs = -(-step.seqs // layout.workers)
+        tiles = -(-seqs // layout.head_rows)
+        return tiles * sum(
+            self._costs.task_seconds(
+                task, body, layout.graph.dtype, seqs=-(-seqs // tiles), q_len=1, past=0
+            )
+            for task in body.tasks
+            if task.name in segment.tasks
+        )
+
+    def _experts(self, run: Run, step: Step) -> float:
+        """Uniform routing: every expert that is hit gets an equal share of the tokens."""
+        layout = self._layout
+        experts = experts_of(layout.graph, run.layer)
+        assert experts is not None
+        tokens = sum(sum(group.lengths) for group in step.groups)
+        hit = 1 - (1 - experts.top_k / experts.count) ** tokens
+        rows = tokens * experts.top_k / (experts.count * hit)
+        count = len(self._program.settings.chunk_experts(run.layer, run.chunk)) * hit
+        one = self._costs.expert_seconds(experts, layout.graph.dtype, rows, layout.expert_rows)
+        return count * one / layout.workers
+
+
+def _thread_speedup(machine: Machine, threads: int) -> float:
+    """Rate of one worker with several threads: as far as all cores together allow."""
+    if threads <= 1:
+        return 1.0
+    return max(1.0, threads * machine.keeps("cpu", "cpu"))
+
+
+def _streamed_bytes(layout: Layout) -> Iterator[tuple[str, int, int]]:
+    graph = layout.graph
+    for layer in range(len(graph.layers)):
+        if not layout.dense_resident[layer]:
+            yield "dense", layer, sum(w.nbytes for w in dense_weights(graph.body(layer)))
+        experts = experts_of(graph, layer)
+        if experts and layout.chunks(layer):
+            yield "experts", layer, layout.chunk * experts.nbytes
+    if not layout.head_resident:
+        yield "head", -1, sum(w.nbytes for w in head_weights(graph))
