@@ -21,7 +21,9 @@ _SHARES = (0.25, 0.5)
 class Point:
     """A prediction and what was measured: seconds, bytes of memory, bytes read from disk."""
 
+    checkpoint: str
     policy: str
+    workers: int
     budget: int
     batch: int
     prompts: str
@@ -31,14 +33,16 @@ class Point:
     other_cores: float
 
     @classmethod
-    def of(cls, done: Run, prompts: str) -> "Point":
+    def of(cls, done: Run) -> "Point":
         """The point of a finished run."""
         report = done.report
         return cls(
+            checkpoint=done.checkpoint,
             policy=report["policy"],
+            workers=done.workers,
             budget=report["budget"],
             batch=int(done.knobs["seqs"]),
-            prompts=prompts,
+            prompts=done.prompts,
             seconds=(report["predicted_seconds"], done.seconds),
             memory=(report["predicted_peak_bytes"], done.peak_bytes),
             disk=(done.predicted_disk_bytes, done.read_bytes),
@@ -55,7 +59,6 @@ class Point:
 class Accuracy:
     """Predictions against measurements."""
 
-    weights: int
     points: list[Point]
 
     def medians(self) -> dict[str, float]:
@@ -66,32 +69,29 @@ class Accuracy:
     def as_dict(self) -> dict[str, Any]:
         """The section as JSON data."""
         points = [asdict(point) | {"errors": point.errors()} for point in self.points]
-        return {"weights": self.weights, "points": points, "medians": self.medians()}
+        return {"points": points, "medians": self.medians()}
 
 
 def accuracy(bench: Bench) -> Accuracy:
     """Every policy at two budgets: with the knobs that the search chose at the smaller one, and
-    with a quarter of that batch at the larger one; ``auto`` at all, one that holds everything
-    too."""
+    with a quarter of its batch at the larger one; ``auto`` at both, and where everything fits. The
+    runs of earlier sections count too, once for each plan."""
+    points = {str(done.report["plan"]): Point.of(done) for done in bench.runs}
     count, new = bench.prompts["accuracy"], bench.new_tokens["accuracy"]
     weights = weight_bytes(bench.small)
     prompts = random_prompts(count, *SHORT, ModelFolder.open(bench.small).vocab)
     main = bench.threads[0]
     budgets = [int(weights * share) for share in _SHARES]
-    cases: list[tuple[str, int, int]] = [("auto", budget, 1) for budget in (*budgets, 3 * weights)]
+    cases = [("auto", budget, 1) for budget in (*budgets, 3 * weights)]
     for policy in ("weight_stream", "model_batch", "module_batch"):
         cases += [(policy, budgets[0], 1), (policy, budgets[1], 4)]
-    points = []
     for policy, budget, part in cases:
-        knobs = None
-        if part > 1:
-            task = Task(
-                bench.small, prompts, new, budget, bench.place(), policy, None, bench.machines[main]
-            )
-            knobs = _with_batch(task, part)
+        place, machine = bench.place(), bench.machines[main]
+        task = Task(bench.small, prompts, new, budget, place, policy, machine=machine)
+        knobs = _with_batch(task, part) if part > 1 else None
         done = bench.ours(bench.small, prompts, new, budget, main, policy, knobs)
-        points.append(Point.of(done, f"{count} of {SHORT[0]}-{SHORT[1]}"))
-    return Accuracy(weights, points)
+        points[str(done.report["plan"])] = Point.of(done)
+    return Accuracy(list(points.values()))
 
 
 def _with_batch(task: Task, part: int) -> dict[str, int | bool]:

@@ -61,6 +61,8 @@ class Run:
     running process's peak above its own memory before the first weight was read (planning runs in
     a process before it; ``planning_bytes`` is what the two held at most meanwhile)."""
 
+    checkpoint: str
+    prompts: str
     report: dict[str, Any]
     knobs: dict[str, int | bool]
     workers: int
@@ -186,6 +188,8 @@ def _collect(task: Task, out: Path, window: host.Window, seen: _Seen) -> Run:
     measured = read_measured(place / TIMELINE_FILE)
     assert measured is not None, "a finished run has a timeline"
     return Run(
+        checkpoint=task.checkpoint.name,
+        prompts=f"{len(task.prompts)} of {_lengths(task.prompts)}",
         report=json.loads((place / REPORT_FILE).read_text()),
         knobs=dict(plan.knobs),
         workers=layout.workers,
@@ -200,6 +204,11 @@ def _collect(task: Task, out: Path, window: host.Window, seen: _Seen) -> Run:
         engines=_engine_shares(measured),
         answers=read_answers(out),
     )
+
+
+def _lengths(prompts: Sequence[Sequence[int]]) -> str:
+    shortest, longest = min(map(len, prompts)), max(map(len, prompts))
+    return f"{shortest}-{longest}" if shortest < longest else str(longest)
 
 
 def _decode_steps(measured: Timeline, steps: Sequence[Step]) -> list[tuple[int, float]]:

@@ -1,4 +1,4 @@
-"""A peer's process: a PeerSpec on standard input, then Jobs, one JSON object a line; an answer each.
+"""A peer's process: a PeerSpec on standard input, then Jobs, each a line of JSON; answers alike.
 
 Nothing of dovetail is imported here.
 """
@@ -56,8 +56,8 @@ def _load(spec: PeerSpec) -> Any:
             "max_memory": {"cpu": spec.budget},
             "offload_folder": spec.offload_folder,
         }
-    model = transformers.AutoModelForCausalLM.from_pretrained(spec.checkpoint, **options)
-    return model.eval()
+    # from_pretrained puts the model in evaluation mode.
+    return transformers.AutoModelForCausalLM.from_pretrained(spec.checkpoint, **options)
 
 
 def _loaded(

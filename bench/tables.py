@@ -29,6 +29,11 @@ def _share(part: dict[str, float | int], what: str) -> str:
     return f"{part[what]:.1%} of {part['prompts']} prompts"
 
 
+def _equal(part: dict[str, float | int]) -> str:
+    first, every = _share(part, "first_token"), _share(part, "all_tokens")
+    return f"In bfloat16, first token equal: {first}; all tokens equal: {every}."
+
+
 def machine_table(facts: dict[str, str | int]) -> str:
     """The machine and versions."""
     shown = {name: str(value) for name, value in facts.items() if name != "ram_bytes"}
@@ -56,14 +61,13 @@ def duel_tables(duel: Duel) -> str:
                     *(_our_row(n, done) for n, done in duel.ours.items()),
                 ],
             ),
-            f"accelerate's load: {loaded['seconds']:.0f} s, peak RSS {loaded['peak_bytes'] / GB:.2f} "
-            f"GB ({loaded['anonymous_bytes'] / GB:.2f} GB anonymous); {loaded['modules_on_disk']} "
-            f"modules on disk, {loaded['modules_in_ram']} in ram.",
+            f"accelerate's load: {loaded['seconds']:.0f} s, peak RSS "
+            f"{loaded['peak_bytes'] / GB:.2f} GB ({loaded['anonymous_bytes'] / GB:.2f} GB "
+            f"anonymous); {loaded['modules_on_disk']} modules on disk, "
+            f"{loaded['modules_in_ram']} in ram.",
             "\n".join(_speedup(duel, n) for n in duel.ours),
-            f"Equal first token in bfloat16: {_share(duel.agreement, 'first_token')}; all tokens: "
-            f"{_share(duel.agreement, 'all_tokens')}. accelerate with itself at another batch size: "
-            f"first token {_share(duel.noise, 'first_token')}, all "
-            f"{_share(duel.noise, 'all_tokens')}.",
+            f"{_equal(duel.agreement)} accelerate with itself at another batch size: first token "
+            f"{_share(duel.noise, 'first_token')}, all {_share(duel.noise, 'all_tokens')}.",
             _sweep_table(duel.sweep),
             *(_our_time(n, done[0]) for n, done in duel.ours.items()),
         ]
@@ -206,8 +210,8 @@ def resident_tables(result: Resident) -> str:
     return "\n\n".join(
         [
             f"## resident: {result.prompts} prompts of {result.lengths[0]}-{result.lengths[1]} "
-            f"tokens, {result.new_tokens} new tokens each, {result.weights / GB:.2f} GB of weights, "
-            f"budget {result.budget / GB:.2f} GB",
+            f"tokens, {result.new_tokens} new tokens each, {result.weights / GB:.2f} GB of "
+            f"weights, budget {result.budget / GB:.2f} GB",
             _table(
                 ("", "threads", "in flight", "tokens/s", "with reading weights",
                  "decode tokens/s", "peak RSS GB", "others' cores"),
@@ -228,8 +232,7 @@ def resident_tables(result: Resident) -> str:
             f"dovetail over transformers, weights in memory: {ratios['of_medians']:.3f} x (of "
             f"medians; pairs {ratios['min']:.3f}-{ratios['max']:.3f}; never below 0.95 is the "
             "aim).",
-            f"Equal first token in bfloat16: {_share(result.agreement, 'first_token')}; all tokens: "
-            f"{_share(result.agreement, 'all_tokens')}.",
+            _equal(result.agreement),
             _sweep_table(result.sweep),
             _our_time(threads, first),
         ]
@@ -239,12 +242,12 @@ def resident_tables(result: Resident) -> str:
 def accuracy_table(result: Accuracy) -> str:
     """Predictions against measurements."""
     medians = result.medians()
-    header = ("policy", "budget GB", "in flight", "prompts", "predicted s", "measured s", "error",
-              "predicted GB", "peak RSS GB", "error", "predicted disk GB", "read GB", "error",
-              "others' cores")  # fmt: skip
+    header = ("checkpoint", "policy", "threads", "budget GB", "in flight", "prompts",
+              "predicted s", "measured s", "error", "predicted GB", "peak RSS GB", "error",
+              "predicted disk GB", "read GB", "error", "others' cores")  # fmt: skip
     return "\n\n".join(
         [
-            f"## accuracy: predicted and measured, {result.weights / GB:.2f} GB of weights",
+            "## accuracy: predicted and measured",
             _table(header, map(_point_row, result.points)),
             f"Median error: time {medians['seconds']:.1%}, memory {medians['memory']:.1%}, bytes "
             f"read {medians['disk']:.1%}.",
@@ -255,7 +258,9 @@ def accuracy_table(result: Accuracy) -> str:
 def _point_row(point: Point) -> list[str]:
     errors = point.errors()
     return [
+        point.checkpoint,
         point.policy,
+        str(point.workers),
         f"{point.budget / GB:.3f}",
         str(point.batch),
         point.prompts,

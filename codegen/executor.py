@@ -6,7 +6,7 @@ to be read, and the runtime runs exactly this text.
 
 from collections.abc import Iterable, Mapping
 
-from dovetail.codegen.segments import emit_expert, emit_segment, function_name
+from dovetail.codegen.segments import emit_expert, emit_segment
 from dovetail.ir.program import (
     Free,
     Instruction,
@@ -146,13 +146,12 @@ class _Emitter:
 
     def _run(self, run: Run, layer: str, chunk: str) -> str:
         segment = self._program.segment(run.segment)
-        function = function_name(run.segment)
         at = "-1" if run.layer < 0 else _plus(layer, run.layer)
         if segment.over == "experts":
             part = "-1" if run.chunk < 0 else _plus(chunk, run.chunk)
-            return f"m.run_experts(worker, {function}, {at}, {part})"
+            return f"m.run_experts(worker, {run.segment}, {at}, {part})"
         call = "run_head" if segment.over == "seqs" else "run_groups"
-        return f'm.{call}(worker, {function}, {at}, "{run.unit}")'
+        return f'm.{call}(worker, {run.segment}, {at}, "{run.unit}")'
 
     def _line(self, depth: int, text: str) -> None:
         self.lines.append("    " * depth + text)

@@ -41,11 +41,6 @@ def local(name: str) -> str:
     return f"{name}_" if name in _TAKEN or keyword.iskeyword(name) else name
 
 
-def function_name(segment: str) -> str:
-    """The emitted function of a segment: ``moe.before`` is ``moe_before``."""
-    return segment.replace(".", "_")
-
-
 def emit_segment(graph: TaskGraph, body: Body, segment: Segment, program: Program) -> list[str]:
     """A function ``(m, g, v, w, layer)`` that runs the segment's tasks on one group. The epilogue
     takes the hidden states of the sequences instead of a group's values and returns logits."""
@@ -54,7 +49,7 @@ def emit_segment(graph: TaskGraph, body: Body, segment: Segment, program: Progra
         return _emit_head(graph, body, segment, tasks)
     ops = [op for task in tasks for op in task.ops]
     dims = sorted(_dims_of(ops), key=list(DIMS).index)
-    lines = [f"def {function_name(segment.name)}(m, g, v, w, layer):"]
+    lines = [f"def {segment.name}(m, g, v, w, layer):"]
     lines += [f"    {name} = g.{name}" for name in dims]
     for name in segment.reads:
         lines.append(f"    {local(name)} = {_input_text(graph, body, name, segment)}")
@@ -74,7 +69,7 @@ def _emit_head(graph: TaskGraph, body: Body, segment: Segment, tasks: list[Task]
     name = local(segment.reads[0])
     ops = [op for task in tasks for op in task.ops]
     lines = [
-        f"def {function_name(segment.name)}(m, {name}, w):",
+        f"def {segment.name}(m, {name}, w):",
         f'    """{name} [seqs, 1, {graph.hidden}] -> logits [seqs, 1, {graph.vocab}]."""',
     ]
     dims = _dims_of(ops)
@@ -220,7 +215,7 @@ def emit_expert(body: Body, segment: Segment) -> list[str]:
     experts = task.experts
     parts = {tensor.part for tensor in experts.tensors}
     lines = [
-        f"def {function_name(segment.name)}(x, w):",
+        f"def {segment.name}(x, w):",
         f'    """One of {experts.count} experts: x [rows, {experts.hidden}] -> the same."""',
     ]
     dims = _dims_of(experts.activation)

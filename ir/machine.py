@@ -62,6 +62,8 @@ class Machine:
     op_seconds: float
     disk: Curve
     slowdown: Mapping[str, float]
+    process_bytes: int = 0
+    """Memory that a run takes beside its pools: allocator slack, library code, Python objects."""
     silicon: Mapping[str, str] = field(default_factory=dict)
     """What the machine is (processor, cores, memory), for people and for staleness checks."""
     sources: Mapping[str, str] = field(default_factory=dict)

@@ -113,8 +113,8 @@ def print_program(program: Program) -> str:
     lines += ["", *_ring_lines(program)]
     resident = _resident_text(program)
     lines += _wrap(f"resident: {resident}", "  ")
-    parts = {f"ring {ring.name}": ring.slots * ring.slot_bytes for ring in program.rings}
-    lines += ["", *_memory_lines(parts | program.reserved, program.capacity.get("ram"))]
+    rings = {f"ring {ring.name}": ring.slots * ring.slot_bytes for ring in program.rings}
+    lines += ["", *_memory_lines({**rings, **program.reserved}, program.capacity.get("ram"))]
     return "\n".join(lines)
 
 
@@ -190,17 +190,13 @@ def _bar(value: float, most: float) -> str:
 
 def print_plan(plan: Plan) -> str:
     """The plan: what for, the moves, what it is predicted to take, the bound, the candidates."""
-    model, made_by = plan.model, plan.machine
+    model, machine = plan.model, plan.machine
     budget = ", ".join(f"{tier} {format_bytes(size)}" for tier, size in plan.budget.items())
-    layers = f", {model['num_layers']} layers" if "num_layers" in model else ""
+    kind = f"{model.get('architecture', 'unknown')}, {model.get('num_layers', '?')} layers"
     rows: Rows = [
         ("plan", plan.digest()[:12]),
-        (
-            "model",
-            f"{model.get('model_type', 'unknown')} ({model.get('architecture', 'unknown')}{layers}),"
-            f" graph {plan.graph[:12]}",
-        ),
-        ("machine", f"{made_by.name}, {made_by.workers} workers"),
+        ("model", f"{model.get('model_type', 'unknown')} ({kind}), graph {plan.graph[:12]}"),
+        ("machine", f"{machine.name}, {machine.workers} workers"),
         ("budget", budget),
         ("workload", _workload(plan.workload)),
         ("policy", f"{plan.policy}: {_knobs(plan.knobs)}"),

@@ -188,8 +188,8 @@ def _check_engines(program: Program, flat: Mapping[str, tuple[Flat, ...]]) -> No
                 )
             if isinstance(item, Load) and loaders.setdefault(item.ring, engine) != engine:
                 raise VerifyError(
-                    f"ring {item.ring} is loaded by {loaders[item.ring]} and {engine}, expected one "
-                    "engine, so that its loads have one order"
+                    f"ring {item.ring} is loaded by {loaders[item.ring]} and {engine}, expected "
+                    "one engine, so that its loads have one order"
                 )
 
 

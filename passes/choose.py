@@ -54,7 +54,7 @@ def choose(
     if policy != "auto" and policy not in POLICIES:
         known = ", ".join(["auto", *POLICIES])
         raise InputError(f"policy {policy!r} is not known; choose one of {known}")
-    setting = Setting(graph, machine, budget["ram"], workload)
+    setting = Setting(graph, machine, budget["ram"] - machine.process_bytes, workload)
     costs = Costs(machine)
     names = list(POLICIES) if policy == "auto" else [policy]
     choices: list[_Choice] = []
@@ -133,18 +133,17 @@ def _peak(setting: Setting, moves: tuple[Move, ...]) -> int:
 
 def smallest_budget(graph: TaskGraph, machine: Machine, workload: Workload) -> int:
     """Bytes of ram that the leanest schedule needs: one sequence, one expert at a time."""
-    return min(
-        _peak(setting, moves)
-        for setting in [Setting(graph, machine, 1 << 62, workload)]
-        for knobs in [module_batch.leanest(setting)]
-        if (moves := module_batch.moves(setting, knobs)) is not None
-    )
+    setting = Setting(graph, machine, 1 << 62, workload)
+    moves = module_batch.moves(setting, module_batch.leanest(setting))
+    assert moves is not None
+    return _peak(setting, moves) + machine.process_bytes
 
 
 def _too_small(setting: Setting, policy: str) -> str:
     least = smallest_budget(setting.graph, setting.machine, setting.workload)
-    found = format_bytes(setting.budget)
-    if least > setting.budget:
+    given = setting.budget + setting.machine.process_bytes
+    found = format_bytes(given)
+    if least > given:
         return (
             f"a budget of ram={found} is too small for this model and workload: the leanest "
             f"schedule needs ram={format_bytes(least, up=True)}; give at least that, or shorter "

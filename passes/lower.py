@@ -93,13 +93,13 @@ def _segment_name(layout: Layout, body: Body, index: int) -> str:
         return body.name
     names = groups[index]
     if len(names) == 1:
-        return f"{body.name}.{names[0]}"
+        return f"{body.name}_{names[0]}"
     experts_at = next(
         (i for i, g in enumerate(groups) if body.experts and body.experts.name in g), -1
     )
     if experts_at < 0:
-        return f"{body.name}.part{index}"
-    return f"{body.name}.{'before' if index < experts_at else 'after'}"
+        return f"{body.name}_part{index}"
+    return f"{body.name}_{'before' if index < experts_at else 'after'}"
 
 
 def _compute(layout: Layout) -> list[Instruction]:

@@ -204,7 +204,7 @@ class Simulator:
             steps=count,
             tokens=tokens,
             disk_bytes=per_step * count + setup,
-            bytes=ram_bytes(layout),
+            bytes=ram_bytes(layout) | {"process": self.machine.process_bytes},
             classes=dict(classes),
         )
 

@@ -21,6 +21,9 @@ from dovetail.runtime.calibrate_together import run_together
 PROTOCOL = 2
 """Raised when figures of an older calibration can no longer be compared with new ones."""
 
+PROCESS_BYTES = 4 << 20
+"""What runs of all sizes were seen to hold beside their pools, rounded up."""
+
 LARGEST_BLOCK, OTHER_BLOCKS, TOGETHER, ONE_WORKER = 0.16, 0.10, 0.24, 0.5
 """Shares of the time: disk by the largest block, by the others, slowdowns, one worker's rates."""
 
@@ -72,6 +75,7 @@ def calibrate(
         op_seconds=rates.op_seconds,
         disk=disk,
         slowdown=slowdown,
+        process_bytes=PROCESS_BYTES,
         silicon=host.silicon() | host.software() | {"disk": device},
     )
 

@@ -12,15 +12,21 @@ import pytest
 import torch
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
+from dovetail.checkpoint import ModelFolder
 from dovetail.cli import main
 from dovetail.ir.errors import BudgetError, PlanError
 from dovetail.ir.machine import Curve, Machine
 from dovetail.ir.plan import Plan, load_plan, save_plan
 from dovetail.ir.printer import print_graph, print_plan
 from dovetail.ir.timeline import Span, Timeline
+from dovetail.ir.units import format_bytes
+from dovetail.ir.workload import Workload
 from dovetail.machine_files import save_machine
+from dovetail.passes.apply_moves import apply_moves
+from dovetail.passes.choose import smallest_budget
 from dovetail.plan_check import PlanCheck, load_graph
-from dovetail.timeline_file import read_measured, write_trace
+from dovetail.planning import captured_model
+from dovetail.timeline_file import compare, write_trace
 
 RATES = {"float32": Curve((1.0, 1024.0), (1e10, 1e11))}
 MACHINE = Machine(
@@ -35,7 +41,8 @@ MACHINE = Machine(
     disk=Curve((4096.0, 8e6), (1e8, 1.4e9)),
     slowdown={"cpu|cpu": 0.9},
 )
-BUDGET = "ram=64MiB"
+NEW_TOKENS = 6
+LENGTHS = (5, 9, 9, 20, 3, 7)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,13 +51,15 @@ class Place:
 
     folder: Path
     plan: Path
+    budget: int
 
-    def make(self, out: Path, *more: str, budget: str = BUDGET) -> int:
+    def make(self, out: Path, *more: str, budget: int = 0) -> int:
         """Run `dovetail plan make`."""
         place = self.folder
         words = ["plan", "make", str(place / "model"), "--prompts", str(place / "prompts.jsonl")]
-        words += ["--machine", str(place / "machine.json"), "--budget", budget]
-        return main([*words, "--max-new-tokens", "6", "-o", str(out), *more])
+        words += ["--machine", str(place / "machine.json"), "-o", str(out)]
+        words += ["--budget", f"ram={budget or self.budget}", "--max-new-tokens", str(NEW_TOKENS)]
+        return main([*words, *more])
 
     def copy(self, folder: Path, change: Callable[[Plan], Plan] = lambda plan: plan) -> Path:
         """The plan, changed, with its graph in another folder."""
@@ -75,10 +84,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
         max_position_embeddings=128,
     )
     OlmoeForCausalLM(config).save_pretrained(folder / "model")
-    lines = [json.dumps({"input_ids": list(range(3, 3 + n))}) for n in (5, 9, 9, 20, 3, 7)]
+    lines = [json.dumps({"input_ids": list(range(3, 3 + n))}) for n in LENGTHS]
     (folder / "prompts.jsonl").write_text("\n".join(lines) + "\n")
     save_machine(MACHINE, folder / "machine.json")
-    place = Place(folder, folder / "out" / "plan.json")
+    # Less than the weights with all else, so that there is something to read in every layer.
+    model = ModelFolder.open(folder / "model")
+    graph = captured_model(model, lambda text: None).graph
+    least = smallest_budget(graph, MACHINE, Workload.of(LENGTHS, NEW_TOKENS))
+    place = Place(folder, folder / "out" / "plan.json", least + graph.weight_bytes // 8)
     assert place.make(place.plan, "--policy", "module_batch") == 0
     return place
 
@@ -87,7 +100,7 @@ def test_make_leaves_a_plan_that_loads_beside_its_graph(place: Place) -> None:
     names = {path.name for path in place.plan.parent.iterdir()}
     assert names == {"plan.json", "graph.json", "constants.safetensors"}
     plan = load_plan(place.plan)
-    assert plan.budget == {"ram": 64 << 20}
+    assert plan.budget == {"ram": place.budget}
     assert (plan.workload.prompts, plan.workload.new_tokens) == (6, 6)
     assert plan.machine == MACHINE
 
@@ -106,7 +119,9 @@ def test_make_refuses_a_folder(
     place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert place.make(tmp_path) == 1
-    assert f"found a folder, expected a file; give {tmp_path / 'plan.json'}" in capsys.readouterr().err
+    assert (
+        f"found a folder, expected a file; give {tmp_path / 'plan.json'}" in capsys.readouterr().err
+    )
 
 
 def test_make_refuses_a_place_that_cannot_be_written(
@@ -114,13 +129,14 @@ def test_make_refuses_a_place_that_cannot_be_written(
 ) -> None:
     (tmp_path / "file").write_text("")
     assert place.make(tmp_path / "file" / "plan.json") == 1
-    assert "cannot be written: Not a directory; name another place with -o" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "plan.json cannot be written: File exists; name another place with -o" in error
 
 
 def test_make_refuses_a_budget_that_is_too_small(
     place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert place.make(tmp_path / "plan.json", budget="ram=1MiB") == 1
+    assert place.make(tmp_path / "plan.json", budget=1 << 16) == 1
     error = capsys.readouterr().err
     assert "too small" in error and "needs ram=" in error
     assert list(tmp_path.iterdir()) == []
@@ -271,7 +287,8 @@ def test_diff_names_what_the_plans_are_for(
 ) -> None:
     after = place.copy(tmp_path, lambda plan: replace(plan, budget={"ram": 128 << 20}))
     assert main(["plan", "diff", str(place.plan), str(after)]) == 0
-    assert capsys.readouterr().out == "made for\n  budget ram  64.00 MiB -> 128.00 MiB\n"
+    before = format_bytes(place.budget)
+    assert capsys.readouterr().out == f"made for\n  budget ram  {before} -> 128.00 MiB\n"
 
 
 def test_diff_refuses_a_missing_plan(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
@@ -281,16 +298,9 @@ def test_diff_refuses_a_missing_plan(place: Place, capsys: pytest.CaptureFixture
 
 def record(folder: Path) -> None:
     """Leave what a run would: steps 2 to 4, each half as slow again as predicted."""
-    write_trace_of = folder / "predicted.json"
-    assert main(["plan", "timeline", str(folder / "plan.json"), "-o", str(write_trace_of)]) == 0
-    trace = json.loads(write_trace_of.read_text())
-    for event in trace["traceEvents"]:
-        if event["name"] == "process_name":
-            event["args"]["name"] = "measured"
-    write_trace_of.write_text(json.dumps(trace))
-    one = read_measured(write_trace_of)
-    assert one is not None
-    write_trace_of.unlink()
+    plan = load_plan(folder / "plan.json")
+    layout = apply_moves(load_graph(folder / "plan.json", plan), plan.moves)
+    (one,) = compare(plan, layout, folder, lambda text: None).timelines()
 
     def later(span: Span, step: int) -> Span:
         begin = 1.0 + step * one.seconds * 1.5
@@ -325,11 +335,12 @@ def test_timeline_sets_the_predicted_step_where_it_was_measured(
     record(tmp_path)
     assert main(["plan", "timeline", str(path), "-o", str(out)]) == 0
     assert sources(out) == ["predicted", "measured"]
-    starts: dict[int, list[float]] = {0: [], 1: []}
+    starts: dict[int, list[float]] = {}
     for event in json.loads(out.read_text())["traceEvents"]:
         if event["ph"] == "X" and event["cat"] == "run" and event["args"]["step"] == 3:
-            starts[event["pid"] - min(e for e in (event["pid"], 0))].append(event["ts"])
-    assert min(starts[0]) == pytest.approx(min(starts[1]), abs=2)
+            starts.setdefault(event["pid"], []).append(event["ts"])
+    predicted, measured = (min(found) for found in starts.values())
+    assert predicted == pytest.approx(measured, abs=2)
 
 
 def test_timeline_leaves_out_the_run_of_another_plan(
@@ -372,7 +383,16 @@ def test_picture_as_svg_has_lanes_classes_and_both_timelines(place: Place, tmp_p
     words = ["plan", "timeline", str(path), "-o", str(tmp_path / "t.json")]
     assert main([*words, "--picture", str(picture)]) == 0
     text = picture.read_text()
-    for label in ("cpu0", "predicted", "measured", "attention", "experts", "ms since"):
+    for label in (
+        "cpu0",
+        "disk0",
+        "read experts",
+        "predicted",
+        "measured",
+        "attention",
+        "experts",
+        "ms since",
+    ):
         assert label in text
     assert "olmoe, 4 layers: module_batch" in text
     assert "layer 2 of step 3 takes" in text

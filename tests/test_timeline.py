@@ -126,12 +126,12 @@ MEASURED_PROCESS = '{"ph": "M", "name": "process_name", "pid": 1, "args": {"name
 def test_read_measured_refuses_other_files(tmp_path: Path, text: str) -> None:
     path = tmp_path / "timeline.json"
     path.write_text(text)
-    with pytest.raises(InputError, match="does not hold a timeline of dovetail.*delete it, or run"):
+    with pytest.raises(InputError, match=r"does not hold a timeline of dovetail.*delete it"):
         read_measured(path)
 
 
 def test_write_trace_refuses_a_missing_folder(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match="cannot be written.*name another place"):
+    with pytest.raises(OutputError, match=r"cannot be written.*name another place"):
         write_trace(tmp_path / "none" / "timeline.json", [PREDICTED])
 
 
@@ -148,7 +148,8 @@ def test_panel_has_the_loads_that_overlap_it_cut_to_size() -> None:
     panel = Panel.of(three_layers(), step=3, layer=1)
     assert panel is not None
     (load,) = (s for s in panel.spans if s.kind == "load")
-    assert (load.layer, load.start, load.end) == (2, 0.0, pytest.approx(6 * MS))
+    assert (load.layer, load.start) == (2, 0.0)
+    assert load.end == pytest.approx(6 * MS)
     assert panel.busy("disk0") == pytest.approx(0.6)
 
 

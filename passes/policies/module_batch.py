@@ -148,8 +148,8 @@ def moves(setting: Setting, knobs: Knobs) -> tuple[Move, ...] | None:
 
     ``seqs`` in flight; ``rows`` and ``attn_tokens`` of one attention group; ``prefill_tokens`` of
     one step; ``chunk`` experts per load and ``slots`` buffers; ``expert_rows``, ``head_rows`` of
-    one GEMM; ``workers``; ``refill`` (continuous batching); ``embed`` (table in ram) and ``resident``
-    (at most this many bytes of other weights in ram; all that fits by default).
+    one GEMM; ``workers``; ``refill`` (continuous batching); ``embed`` (table in ram) and
+    ``resident`` (at most this many bytes of other weights in ram; all that fits by default).
     """
     seqs, rows = int(knobs["seqs"]), int(knobs["rows"])
     fixed: list[Move] = [

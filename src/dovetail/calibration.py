@@ -5,10 +5,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TextIO
 
-from dovetail.cache import cache_folder
 from dovetail.ir.machine import Curve, Machine
 from dovetail.ir.units import format_bytes, format_duration
 from dovetail.machine_files import save_machine
+from dovetail.tuning_db.database import Database, default_path
 
 SECONDS = 30.0
 """How long a calibration takes unless it is told otherwise."""
@@ -44,11 +44,10 @@ def calibrate_and_store(
     torch), and add the result to the tuning database. Raises InputError."""
     from dovetail.runtime import calibrate_host as host
     from dovetail.runtime.calibrate import PROTOCOL, calibrate
-    from dovetail.tuning_db.database import Database
 
     # Opened first: a place that cannot be written is known before half a minute is spent.
-    with Database.open(cache_folder() / "facts.db") as database:
-        machine = calibrate(files, cache_folder(), seconds=seconds, progress=progress)
+    with Database.open() as database:
+        machine = calibrate(files, default_path().parent, seconds=seconds, progress=progress)
         device = host.disk_device(files[0]) if files else machine.silicon["disk"]
         database.add_calibration(machine, host.silicon(), host.software(), device, PROTOCOL)
     return machine

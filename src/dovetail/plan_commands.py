@@ -5,6 +5,8 @@ Only `make` needs torch; the others read the plan and the ``graph.json`` beside 
 
 import argparse
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from dovetail.ir.errors import DovetailError, InputError, OutputError
@@ -36,14 +38,12 @@ def make(options: argparse.Namespace) -> int:
         policy=options.policy,
         machine=options.machine,
     )
+    with _written(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
     plan, captured = plan_here(request, _note)
-    try:
+    with _written(out):
         captured.save(out.parent)
         save_plan(plan, out)
-    except OSError as error:
-        raise OutputError(
-            f"the plan {out} cannot be written: {error.strerror}; name another place with -o"
-        ) from error
     print(print_plan(plan))
     print(f"\nplan: {out}")
     return 0
@@ -110,6 +110,16 @@ def timeline(path: Path, out: Path, picture: Path | None) -> int:
         draw(compared, picture, _note)
         print(f"picture of one layer: {picture}")
     return 0
+
+
+@contextmanager
+def _written(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(
+            f"the plan {out} cannot be written: {error.strerror}; name another place with -o"
+        ) from error
 
 
 def _note(text: str) -> None:

@@ -35,9 +35,13 @@ def move_lines(before: Sequence[Move], after: Sequence[Move]) -> list[str]:
     lines: list[str] = []
     matcher = SequenceMatcher(None, before, after, autojunk=False)
     for kind, a, b, c, d in matcher.get_opcodes():
-        if kind != "equal":
-            lines += [f"- {print_moves([move])}" for move in before[a:b]]
-            lines += [f"+ {print_moves([move])}" for move in after[c:d]]
+        if kind == "equal":
+            continue
+        removed = [f"- {print_moves([move])}" for move in before[a:b]]
+        added = [f"+ {print_moves([move])}" for move in after[c:d]]
+        # As many as before are most likely the same moves with other sizes.
+        together = zip(removed, added, strict=False) if len(removed) == len(added) else ()
+        lines += [line for pair in together for line in pair] or removed + added
     return lines
 
 

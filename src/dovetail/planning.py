@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dovetail.cache import cache_folder
 from dovetail.capture.captured import Captured, load_captured
 from dovetail.checkpoint import ModelFolder
 from dovetail.ir import codec
@@ -20,6 +19,7 @@ from dovetail.ir.machine import Machine
 from dovetail.ir.plan import Plan, load_plan, save_plan
 from dovetail.ir.units import format_bytes
 from dovetail.ir.workload import Workload
+from dovetail.tuning_db.database import Database, default_path
 
 PLAN_FILE = "plan.json"
 Note = Callable[[str], None]
@@ -112,7 +112,7 @@ def captured_model(folder: ModelFolder, note: Note) -> Captured:
     key = codec.digest(
         [dict(folder.config), folder.index.digest(), transformers.__version__, CAPTURE_VERSION]
     )
-    place = cache_folder() / "captured" / key
+    place = default_path().parent / "captured" / key
     if (place / "graph.json").exists():
         return load_captured(place)
     from dovetail.capture.capture import capture_checkpoint
@@ -133,13 +133,12 @@ def find_machine(name: str, folder: ModelFolder, note: Note) -> Machine:
     from dovetail.machine_files import load_machine
     from dovetail.runtime import calibrate_host as host
     from dovetail.runtime.calibrate import PROTOCOL
-    from dovetail.tuning_db.database import Database
 
     if name:
         return load_machine(name)
     files = [shard.file for shard in folder.index.shards]
     device = host.disk_device(files[0])
-    with Database.open(cache_folder() / "facts.db") as database:
+    with Database.open() as database:
         known = database.latest_calibration(host.silicon(), device, host.software(), PROTOCOL)
     if known is not None:
         return known

@@ -6,13 +6,14 @@ the timelines and the report.
 
 import argparse
 import json
+import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from dovetail.checkpoint import ModelFolder
-from dovetail.execute import Execution, Measured
+from dovetail.execute import Execution
 from dovetail.ir.batching import Request as SequenceRequest
 from dovetail.ir.errors import InputError
 from dovetail.ir.plan import Plan
@@ -23,9 +24,12 @@ from dovetail.planning import Request, plan_apart
 from dovetail.progress import Progress
 from dovetail.prompts import Prompt, PromptSet, read_prompts
 from dovetail.report import Report, save_run, table
-from dovetail.runtime.calibrate_host import memory_bytes
+from dovetail.runtime import calibrate_host as host
 from dovetail.runtime.generate import Finished
 from dovetail.runtime.sampling import Sampling
+from dovetail.tuning_db.database import Database, Run, TaskSample
+
+log = logging.getLogger(__name__)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -63,7 +67,7 @@ def _check_paths(options: argparse.Namespace) -> None:
 
 def ram_budget(text: str | None) -> dict[str, int]:
     """The budget as given, or half of this machine's memory."""
-    budget = parse_budget(text) if text else {"ram": memory_bytes() // 2}
+    budget = parse_budget(text) if text else {"ram": host.memory_bytes() // 2}
     if "ram" not in budget:
         raise InputError(f"budget {text!r} names no ram, which the cpu target needs: add ram=SIZE")
     return budget
@@ -139,13 +143,38 @@ def _run_rest(
     requests = requests_of(left, folder.context, options.max_new_tokens)
     ids = {p.index: p.input_ids for p in left}
     with execution, writer.progress:
-        for report in execution.steps(requests, ids.__getitem__):
-            writer.step(report.finished, report.tokens)
-    return _report(plan, execution, execution.measured)
+        for step in execution.steps(requests, ids.__getitem__):
+            writer.step(step.finished, step.tokens)
+    report = Report.of(plan, execution.layout, execution.steps_run, execution.measured)
+    _remember(plan, report)
+    return report
 
 
-def _report(plan: Plan, execution: Execution, measured: Measured) -> Report:
-    return Report.of(plan, execution.layout, execution.steps_run, measured)
+def _remember(plan: Plan, report: Report) -> None:
+    """Keep prediction and measurement in the tuning database; the results do not depend on it."""
+    run = Run(
+        silicon=host.silicon(),
+        software=host.software(),
+        plan_digest=report.plan,
+        policy=report.policy,
+        budget=plan.budget,
+        workload=plan.workload,
+        predicted_seconds=report.predicted_seconds,
+        measured_seconds=report.seconds,
+        predicted_peak_bytes=report.predicted_peak,
+        measured_peak_bytes=report.rss_bytes,
+        stop="done",
+    )
+    samples = [
+        TaskSample(name, seconds, report.measured_classes[name], report.steps)
+        for name, seconds in report.predicted_classes.items()
+        if name in report.measured_classes
+    ]
+    try:
+        with Database.open() as database:
+            database.add_task_samples(database.add_run(run), samples)
+    except InputError as error:
+        log.warning("the run was not kept in the tuning database: %s", error)
 
 
 @dataclass(slots=True)
