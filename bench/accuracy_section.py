@@ -38,7 +38,7 @@ class Point:
         report = done.report
         return cls(
             checkpoint=done.checkpoint,
-            policy=report["policy"],
+            policy=done.policy,
             workers=done.workers,
             budget=report["budget"],
             batch=int(done.knobs["seqs"]),

@@ -63,10 +63,13 @@ class Run:
 
     checkpoint: str
     prompts: str
+    asked: str
+    """The policy that was asked for; ``report`` names the one that was chosen."""
     report: dict[str, Any]
     knobs: dict[str, int | bool]
     workers: int
     predicted_disk_bytes: int
+    predicted_setup_seconds: float
     wall_seconds: float
     outside_peak_bytes: int
     planning_bytes: int
@@ -103,6 +106,12 @@ class Run:
     def decode_seconds(self) -> float:
         """Seconds of the median decode step; 0 if none of the last steps was one."""
         return statistics.median([s for _, s in self.decode_steps] or [0.0])
+
+    @property
+    def policy(self) -> str:
+        """The policy that ran, and whether it was chosen."""
+        chosen = str(self.report["policy"])
+        return chosen if self.asked == chosen else f"{self.asked} ({chosen})"
 
     @property
     def peak_bytes(self) -> int:
@@ -190,10 +199,12 @@ def _collect(task: Task, out: Path, window: host.Window, seen: _Seen) -> Run:
     return Run(
         checkpoint=task.checkpoint.name,
         prompts=f"{len(task.prompts)} of {_lengths(task.prompts)}",
+        asked=task.policy,
         report=json.loads((place / REPORT_FILE).read_text()),
         knobs=dict(plan.knobs),
         workers=layout.workers,
         predicted_disk_bytes=plan.prediction.disk_bytes,
+        predicted_setup_seconds=plan.prediction.setup_seconds,
         wall_seconds=window.seconds,
         outside_peak_bytes=seen.peak_bytes,
         planning_bytes=seen.planning_bytes,

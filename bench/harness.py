@@ -29,6 +29,7 @@ class Bench:
     prompts: Mapping[str, int]
     new_tokens: Mapping[str, int]
     batches: Sequence[int]
+    experts: Sequence[str]
     repeats: int
     say: Callable[[str], None]
     runs: list[Run] = field(default_factory=list)
@@ -69,7 +70,7 @@ class Bench:
         done = run(task)
         self.runs.append(done)
         self.say(
-            f"dovetail {done.report['policy']}, {threads} threads, {format_bytes(budget)}: "
+            f"dovetail {done.policy}, {threads} threads, {format_bytes(budget)}: "
             f"{done.tokens_per_second:.1f} tokens/s, others {done.other_cores:.2f} cores"
         )
         shutil.rmtree(task.place)

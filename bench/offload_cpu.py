@@ -24,7 +24,7 @@ from accuracy_section import accuracy
 from dovetail_run import Task, calibrated, machine_with
 from harness import LONG, SHORT, Bench
 from offload_section import duel, equal_in_float32
-from peers import PeerDiedError
+from peers import EXPERTS, PeerDiedError
 from resident_section import resident
 from tables import accuracy_table, duel_tables, equality_text, machine_table, resident_tables
 from workloads import random_prompts
@@ -35,7 +35,7 @@ from dovetail.ir.errors import DovetailError, InputError
 from dovetail.ir.machine import Machine
 from dovetail.ir.units import parse_budget
 
-PROMPTS = {"offload": 1024, "long": 64, "resident": 256, "accuracy": 128}
+PROMPTS = {"offload": 512, "long": 32, "resident": 256, "accuracy": 128}
 NEW_TOKENS = {"offload": 8, "long": 4, "resident": 32, "accuracy": 12}
 
 
@@ -74,8 +74,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--batches", type=_numbers, default=[16, 64, 256, 1024], metavar="N,..")
     parser.add_argument(
-        "--threads", type=_numbers, help="the main number first; all cores, then 1, by default"
+        "--threads", type=_numbers, help="such as 2,1, the main number first; all cores by default"
     )
+    parser.add_argument("--experts", type=_experts, default=list(EXPERTS), metavar="A,B")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument(
         "--calibrate", action="store_true", help="calibrate anew, for this run only"
@@ -88,6 +89,13 @@ def _sections(text: str) -> list[str]:
     names = text.split(",")
     if unknown := [name for name in names if name not in PROMPTS]:
         raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(PROMPTS)}")
+    return names
+
+
+def _experts(text: str) -> list[str]:
+    names = text.split(",")
+    if unknown := [name for name in names if name not in EXPERTS]:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(EXPERTS)}")
     return names
 
 
@@ -140,7 +148,7 @@ def _run(options: argparse.Namespace, small: Path, scratch: Path) -> None:
         "sections": {},
     }
     print(machine_table(facts), flush=True)
-    threads = options.threads or list(dict.fromkeys([machine.workers, 1]))
+    threads = options.threads or [machine.workers]
     for number in threads:
         own = number == machine.workers
         path = scratch / f"machine-{number}.json"
@@ -166,6 +174,7 @@ def _bench(options: argparse.Namespace, small: Path, scratch: Path) -> Bench:
         prompts=options.prompts,
         new_tokens=options.new_tokens,
         batches=options.batches,
+        experts=options.experts,
         repeats=options.repeats,
         say=_say,
     )

@@ -62,6 +62,7 @@ def duel(bench: Bench, name: str, lengths: tuple[int, int]) -> Duel:
                 prompts, batch, min(SWEEP_TOKENS, new), main, experts
             ),
             batch_sizes(bench, count),
+            bench.experts,
             new,
         )
         best = found.best

@@ -202,10 +202,11 @@ def sweep(
     peer: Peer,
     job_of: Callable[[int, str], Job],
     batches: Sequence[int],
+    experts: Sequence[str],
     new_tokens: int,
 ) -> Sweep:
-    """Try growing batches until one does not fit or the rate falls, then the other ways to run
-    experts at the best one. ``job_of(batch, experts)`` makes a short job. Raises PeerDiedError if
+    """Try growing batches until one does not fit or the rate falls, with the first way to run
+    ``experts``, then the other ways at the best one. ``job_of(batch, experts)`` makes a short job. Raises PeerDiedError if
     not even the smallest batch works."""
     found = Sweep(new_tokens)
     for batch in sorted(batches):
@@ -213,15 +214,15 @@ def sweep(
         if needed > _MEMORY_SHARE * (host.available_bytes() + peer.held_bytes()):
             found.notes.append(f"batch {batch} not tried: expected to need {needed / 1e9:.1f} GB")
             break
-        if not _try(found, peer, job_of(batch, EXPERTS[0])):
+        if not _try(found, peer, job_of(batch, experts[0])):
             break
         if len(found.outcomes) > 1 and _falling(found):
             break
     if not found.outcomes:
         raise PeerDiedError(found.notes[0])
     best = found.best.batch
-    for experts in EXPERTS[1:]:
-        _try(found, peer, job_of(best, experts))
+    for other in experts[1:]:
+        _try(found, peer, job_of(best, other))
     return found
 
 

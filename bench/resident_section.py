@@ -70,6 +70,7 @@ def resident(bench: Bench) -> Resident:
             peer,
             lambda batch, experts: middle_job(prompts, batch, min(8, new), main, experts),
             batch_sizes(bench, count),
+            bench.experts,
             new,
         )
         best = found.best

@@ -25,13 +25,19 @@ def _spread(values: Sequence[float], form: str = ".1f") -> str:
     return f"{middle} [{min(values):{form}}-{max(values):{form}}]"
 
 
+def _threads(number: int) -> str:
+    return "1 thread" if number == 1 else f"{number} threads"
+
+
 def _share(part: dict[str, float | int], what: str) -> str:
     return f"{part[what]:.1%} of {part['prompts']} prompts"
 
 
 def _equal(part: dict[str, float | int]) -> str:
+    if not part["prompts"]:
+        return "not compared."
     first, every = _share(part, "first_token"), _share(part, "all_tokens")
-    return f"In bfloat16, first token equal: {first}; all tokens equal: {every}."
+    return f"first token equal for {first}, all tokens for {every} (bfloat16)."
 
 
 def machine_table(facts: dict[str, str | int]) -> str:
@@ -66,8 +72,8 @@ def duel_tables(duel: Duel) -> str:
             f"anonymous); {loaded['modules_on_disk']} modules on disk, "
             f"{loaded['modules_in_ram']} in ram.",
             "\n".join(_speedup(duel, n) for n in duel.ours),
-            f"{_equal(duel.agreement)} accelerate with itself at another batch size: first token "
-            f"{_share(duel.noise, 'first_token')}, all {_share(duel.noise, 'all_tokens')}.",
+            f"dovetail and accelerate: {_equal(duel.agreement)} "
+            f"accelerate and itself at another batch size: {_equal(duel.noise)}",
             _sweep_table(duel.sweep),
             *(_our_time(n, done[0]) for n, done in duel.ours.items()),
         ]
@@ -95,7 +101,7 @@ def _our_row(threads: int, done: Sequence[Run]) -> list[str]:
     first = done[0]
     peak = _spread([r.peak_bytes / GB for r in done], ".2f")
     return [
-        f"dovetail, {first.report['policy']}",
+        f"dovetail, {first.policy}",
         str(threads),
         str(first.knobs["seqs"]),
         _spread([r.tokens_per_second for r in done]),
@@ -118,7 +124,7 @@ def _speedup(duel: Duel, threads: int) -> str:
     if min(map(statistics.median, decode)) > 0:
         ratio = statistics.median(decode[0]) / statistics.median(decode[1])
         parts.append(f"decode {ratio:.2f} x")
-    return f"dovetail over accelerate, {threads} threads: {', '.join(parts)}."
+    return f"dovetail over accelerate, {_threads(threads)}: {', '.join(parts)}."
 
 
 def _sweep_table(sweep: Sweep) -> str:
@@ -147,9 +153,9 @@ def _our_time(threads: int, run: Run) -> str:
     fraction = report["roof_fraction"]
     return "\n\n".join(
         [
-            f"dovetail, {threads} threads: {report['policy']} ({knobs}). Measured "
+            f"dovetail, {_threads(threads)}: {run.policy}, {knobs}. Measured "
             f"{run.seconds:.2f} s for {report['steps']} steps ({report['setup_seconds']:.2f} s of "
-            f"it set-up), predicted {report['predicted_seconds']:.2f} s "
+            f"it set-up, predicted {run.predicted_setup_seconds:.2f} s), predicted {report['predicted_seconds']:.2f} s "
             f"({report['predicted_seconds'] / run.seconds - 1:+.1%}); the bound is "
             f"{report['bound_seconds']:.2f} s, set by {report['bound_resource']}: {fraction:.1%} "
             f"of it reached. With planning and start {run.wall_seconds:.1f} s; before the run, "
@@ -221,7 +227,7 @@ def resident_tables(result: Resident) -> str:
                      _spread([o.decode_rate for o in theirs]),
                      _spread([o.peak_bytes / GB for o in theirs], ".2f"),
                      _spread([o.other_cores for o in theirs], ".2f")],
-                    [f"dovetail, {first.report['policy']}", str(threads), str(first.knobs["seqs"]),
+                    [f"dovetail, {first.policy}", str(threads), str(first.knobs["seqs"]),
                      _spread([r.loaded_rate for r in mine]),
                      _spread([r.tokens_per_second for r in mine]),
                      _spread([r.decode_rate for r in mine]),
@@ -232,7 +238,7 @@ def resident_tables(result: Resident) -> str:
             f"dovetail over transformers, weights in memory: {ratios['of_medians']:.3f} x (of "
             f"medians; pairs {ratios['min']:.3f}-{ratios['max']:.3f}; never below 0.95 is the "
             "aim).",
-            _equal(result.agreement),
+            f"dovetail and transformers: {_equal(result.agreement)}",
             _sweep_table(result.sweep),
             _our_time(threads, first),
         ]

@@ -86,6 +86,14 @@ def _emit_engine(
     return lines + (emitter.lines or ["        pass"])
 
 
+_MEETINGS = {
+    "tokens": "accumulate(experts, tokens)",
+    "experts": "all experts have added up",
+    "hidden": "last hidden states, then the head",
+}
+"""Why the workers meet at each phase."""
+
+
 class _Emitter:
     """Instruction lists as indented lines."""
 
@@ -115,9 +123,9 @@ class _Emitter:
             if isinstance(item, Signal) and item.what == "phase":
                 skip = following == Wait("phase", item.name)
                 word = "meet" if skip else "signal"
-                self._line(depth, f'm.{word}(worker, "{item.name}")')
+                self._line(depth, f'm.{word}(worker, "{item.name}")', _MEETINGS.get(item.name, ""))
                 continue
-            self._line(depth, self._one(item, layer, chunk))
+            self._line(depth, self._one(item, layer, chunk), self._move(item))
 
     def _loop(self, loop: Loop, depth: int, *, layer: str, chunk: str) -> None:
         step = f", {loop.step}" if loop.step > 1 else ""
@@ -153,8 +161,27 @@ class _Emitter:
         call = "run_head" if segment.over == "seqs" else "run_groups"
         return f'm.{call}(worker, {run.segment}, {at}, "{run.unit}")'
 
-    def _line(self, depth: int, text: str) -> None:
-        self.lines.append("    " * depth + text)
+    def _move(self, item: Instruction) -> str:
+        """The move that put an instruction there."""
+        settings = self._program.settings
+        match item:
+            case Wait("room", name):
+                return f"prefetch({name}, slots={self._program.ring(name).slots})"
+            case Load(name, _, _):
+                many = f", chunk of {settings.chunk}" if name == "experts" else ""
+                return f"place({name}, disk{many})"
+            case Run():
+                over = self._program.segment(item.segment).over
+                if over == "experts":
+                    return f"split(experts, tokens, {settings.expert_rows})"
+                if over == "seqs":
+                    return f"split(head, seqs, {settings.head_rows})"
+                return f"split(attention, seqs, {settings.admission.rows})"
+        return ""
+
+    def _line(self, depth: int, text: str, comment: str = "") -> None:
+        line = "    " * depth + text
+        self.lines.append(f"{line}  # {comment}" if comment else line)
 
 
 def _plus(variable: str, offset: int) -> str:

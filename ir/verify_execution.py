@@ -184,7 +184,7 @@ class Execution:
             awaited = self._awaited(path[-1])
             following = next((by_name[name] for name in awaited if name in by_name), None)
             if following is None:
-                others = ", ".join(awaited) or "engines"
+                others = ", ".join(awaited) or "a disk engine"
                 return f"{path[-1].place()}: waits forever, expected {others} to end the wait"
             if following in path:
                 break

@@ -14,7 +14,7 @@ from dovetail.ir.placement import (
     head_weights,
     weights_bytes,
 )
-from dovetail.ir.program import Flat, Load, Program, Run, Segment, Signal, Wait, unroll
+from dovetail.ir.program import Flat, Free, Load, Program, Run, Segment, Signal, Wait, unroll
 from dovetail.ir.task_graph import Body, TaskGraph
 from dovetail.ir.units import format_bytes
 from dovetail.ir.verify_execution import Execution
@@ -29,6 +29,8 @@ def verify_program(program: Program, graph: TaskGraph, steps: int = 2) -> None:
     All engines' lists are executed abstractly, ``steps`` times one after the other, with vector
     clocks: what one engine reads of another must be ordered by waits, whatever the engines' speeds.
     """
+    if not program.workers:
+        raise VerifyError("the program has no compute engine, expected at least cpu0")
     _check_settings(program, graph)
     _check_rings(program)
     _check_segments(program, graph)
@@ -70,6 +72,11 @@ def _check_rings(program: Program) -> None:
             if getattr(ring, name) < 1:
                 found = getattr(ring, name)
                 raise VerifyError(f"ring {ring.name}: {name} {found}, expected at least 1")
+        if ring.consumers > len(program.workers):
+            raise VerifyError(
+                f"ring {ring.name}: room after {ring.consumers} frees of a load, expected at most "
+                f"the {len(program.workers)} of the workers"
+            )
 
 
 def _check_segments(program: Program, graph: TaskGraph) -> None:
@@ -174,8 +181,6 @@ def _unit_bytes(graph: TaskGraph, kind: str, layer: int, experts: int) -> int:
 def _check_engines(program: Program, flat: Mapping[str, tuple[Flat, ...]]) -> None:
     """Compute engines run and free, disk engines load, and each ring has one loader."""
     loaders: dict[str, str] = {}
-    if not program.workers:
-        raise VerifyError("the program has no compute engine, expected at least cpu0")
     for engine, items in flat.items():
         compute = engine in program.workers
         if not compute and not engine.startswith("disk"):
@@ -210,20 +215,20 @@ def _check_units(program: Program, graph: TaskGraph, flat: Mapping[str, tuple[Fl
         first |= {item: engine for item in items if item not in first}
     for item, engine in first.items():
         at = f"{engine}: {instruction_text(item)}"
-        if isinstance(item, Run):
-            _known(at, "segment", item.segment, segments)
-            _known(at, "unit", item.unit or "ram", {"ram", "disk rows", *rings})
-            continue
-        if not isinstance(item, Wait | Signal):
-            _known(at, "ring", item.ring, rings)
-            size = _check_streamed(at, program, graph, item.ring, item.layer, item.chunk)
-            if size > rings[item.ring].slot_bytes:
-                raise VerifyError(
-                    f"{at}: the unit takes {size} bytes, expected at most the "
-                    f"{rings[item.ring].slot_bytes} of one buffer of the ring"
-                )
-        elif item.what != "phase":
-            _known(at, "ring", item.name, rings)
+        match item:
+            case Run(segment, _, unit):
+                _known(at, "segment", segment, segments)
+                _known(at, "unit", unit or "ram", {"ram", "disk rows", *rings})
+            case Load(ring, layer, chunk) | Free(ring, layer, chunk):
+                _known(at, "ring", ring, rings)
+                size = _check_streamed(at, program, graph, ring, layer, chunk)
+                if isinstance(item, Load) and size > rings[ring].slot_bytes:
+                    raise VerifyError(
+                        f"{at}: the unit takes {size} bytes, expected at most the "
+                        f"{rings[ring].slot_bytes} of one buffer of the ring"
+                    )
+            case Wait("room" | "ready", ring) | Signal("ready", ring):
+                _known(at, "ring", ring, rings)
 
 
 def _check_streamed(

@@ -15,7 +15,7 @@ from dovetail.passes.lower import lower
 from dovetail.passes.policies.common import base_moves, prefetch_moves
 
 GRAPHS = Path(__file__).parent / "golden" / "test_verify"
-"""Task graphs as JSON; ``test_captured_graphs_are_legal`` keeps them equal to what capture gives."""
+"""Task graphs as JSON; ``test_captured_graphs_are_legal`` keeps them what capture gives."""
 
 
 @functools.cache

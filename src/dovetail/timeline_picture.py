@@ -130,7 +130,8 @@ def _figure(
         _panel(axes, panel, lanes, classes)
         _heading(axes, panel, panels[0])
     axes.tick_params(labelbottom=True)
-    axes.set_xlabel("ms since the layer began", color=QUIET)
+    others = any(not _of_layer(span, panel.layer) for panel in panels for span in panel.spans)
+    axes.set_xlabel(f"ms since the layer began{'; pale: other layers' * others}", color=QUIET)
     _legend(figure, panels, classes)
     return figure
 

@@ -11,11 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-
-from dovetail.ir.units import format_bytes, parse_bytes
-from dovetail.machine_files import save_machine
-from dovetail.passes.apply_moves import apply_moves
-from dovetail.passes.memory import ram_bytes
 from tests.e2e.support import (
     Tiny,
     generate,
@@ -25,6 +20,11 @@ from tests.e2e.support import (
     save_tiny,
     tiny_model,
 )
+
+from dovetail.ir.units import format_bytes, parse_bytes
+from dovetail.machine_files import save_machine
+from dovetail.passes.apply_moves import apply_moves
+from dovetail.passes.memory import ram_bytes
 
 NEW = 8
 # A command of dovetail in this process, then what the process held at most and what it imported.
@@ -191,9 +191,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 
 @pytest.mark.parametrize("policy", ["auto", "weight_stream", "model_batch", "module_batch"])
 @pytest.mark.parametrize("share", [4.0, 0.6, 0.35])
-def test_pools_take_no_more_than_each_predicted_part(
-    tiny: Tiny, policy: str, share: float
-) -> None:
+def test_pools_take_no_more_than_each_predicted_part(tiny: Tiny, policy: str, share: float) -> None:
     prompts, new = ragged_prompts((5, 40, 1, 17, 9, 33, 3, 22)), 6
     budget = int(share * tiny.weight_bytes)
     plan = plan_for(tiny, prompts, new, budget, policy)
