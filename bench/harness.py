@@ -9,6 +9,8 @@ from dovetail_run import Run, Task, run
 from peers import Job, Outcome, Peer
 from workloads import longest_first
 
+from dovetail.checkpoint import ModelFolder
+from dovetail.ir.errors import InputError
 from dovetail.ir.units import format_bytes
 
 SHORT, LONG = (8, 32), (256, 256)
@@ -30,7 +32,7 @@ class Bench:
     new_tokens: Mapping[str, int]
     batches: Sequence[int]
     experts: Sequence[str]
-    repeats: int
+    repeats: Mapping[str, int]
     say: Callable[[str], None]
     runs: list[Run] = field(default_factory=list)
     """Every run of ours so far."""
@@ -84,6 +86,15 @@ class Bench:
             f"{done.tokens_per_second:.1f} tokens/s, others {done.other_cores:.2f} cores"
         )
         return done
+
+
+def dtype_of(checkpoint: Path) -> str:
+    """The dtype that a checkpoint's config names, which both sides compute in."""
+    config = ModelFolder.open(checkpoint).config
+    found = config.get("dtype", config.get("torch_dtype"))
+    if not isinstance(found, str):
+        raise InputError(f"{checkpoint}/config.json: dtype is {found!r}, expected a name: add it")
+    return found
 
 
 def weight_bytes(checkpoint: Path) -> int:

@@ -25,7 +25,7 @@ from dovetail_run import Task, calibrated, machine_with
 from harness import LONG, SHORT, Bench
 from offload_section import duel, equal_in_float32
 from peers import EXPERTS, PeerDiedError
-from resident_section import resident
+from resident_section import resident, resident_budget
 from tables import accuracy_table, duel_tables, equality_text, machine_table, resident_tables
 from workloads import random_prompts
 
@@ -37,6 +37,8 @@ from dovetail.ir.units import parse_budget
 
 PROMPTS = {"offload": 512, "long": 32, "resident": 256, "accuracy": 128}
 NEW_TOKENS = {"offload": 8, "long": 4, "resident": 32, "accuracy": 12}
+
+REPEATS = {"offload": 1, "long": 1, "resident": 5}
 
 
 def main() -> int:
@@ -77,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
         "--threads", type=_numbers, help="such as 2,1, the main number first; all cores by default"
     )
     parser.add_argument("--experts", type=_experts, default=list(EXPERTS), metavar="A,B")
-    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--repeats", type=_counts(REPEATS), default=REPEATS, metavar="SECTION=N,..")
     parser.add_argument(
         "--calibrate", action="store_true", help="calibrate anew, for this run only"
     )
@@ -139,6 +141,8 @@ def _run(options: argparse.Namespace, small: Path, scratch: Path) -> None:
     if options.calibrate:
         os.environ["DOVETAIL_CACHE_DIR"] = str(scratch / "cache")
     bench = _bench(options, small, scratch)
+    if "resident" in options.sections:
+        resident_budget(small)
     machine = _machine(bench, options.checkpoint)
     facts = host.describe_machine()
     results: dict[str, Any] = {

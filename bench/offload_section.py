@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dovetail_run import Run
-from harness import SWEEP_TOKENS, Bench, batch_sizes, middle_job, weight_bytes
+from harness import SWEEP_TOKENS, Bench, batch_sizes, dtype_of, middle_job, weight_bytes
 from peers import DISK, Job, Outcome, Peer, PeerSpec, Sweep, sweep
 from workloads import agreement, random_prompts
 
@@ -25,6 +25,7 @@ class Duel:
     lengths: tuple[int, int]
     prompts: int
     new_tokens: int
+    dtype: str
     weights: int
     budget: int
     loaded: dict[str, Any]
@@ -36,7 +37,7 @@ class Duel:
 
     def as_dict(self) -> dict[str, Any]:
         """The section as JSON data."""
-        plain = ("name", "lengths", "prompts", "new_tokens", "weights", "budget", "loaded")
+        plain = ("name", "lengths", "prompts", "new_tokens", "dtype", "weights", "budget", "loaded")
         data = {name: getattr(self, name) for name in (*plain, "agreement", "noise")}
         data["sweep"] = self.sweep.as_dict()
         data["peer"] = {n: [o.as_dict() for o in done] for n, done in self.peer.items()}
@@ -52,7 +53,9 @@ def duel(bench: Bench, name: str, lengths: tuple[int, int]) -> Duel:
     weights = weight_bytes(bench.checkpoint)
     _need_disk(bench.scratch, weights)
     offload = bench.place()
-    spec = PeerSpec(DISK, str(bench.checkpoint), "bfloat16", bench.budget, str(offload))
+    spec = PeerSpec(
+        DISK, str(bench.checkpoint), dtype_of(bench.checkpoint), bench.budget, str(offload)
+    )
     main = bench.threads[0]
     with Peer(spec, bench.scratch / "peer.log") as peer:
         bench.say(f"accelerate loaded in {peer.loaded['seconds']:.0f} s")
@@ -70,7 +73,7 @@ def duel(bench: Bench, name: str, lengths: tuple[int, int]) -> Duel:
         done = {
             threads: [
                 bench.peers(peer, middle_job(prompts, best.batch, new, threads, best.experts))
-                for _ in range(bench.repeats if threads == main else 1)
+                for _ in range(bench.repeats[name] if threads == main else 1)
             ]
             for threads in bench.threads
         }
@@ -79,7 +82,7 @@ def duel(bench: Bench, name: str, lengths: tuple[int, int]) -> Duel:
     ours = {
         threads: [
             bench.ours(bench.checkpoint, prompts, new, bench.budget, threads)
-            for _ in range(bench.repeats if threads == main else 1)
+            for _ in range(bench.repeats[name] if threads == main else 1)
         ]
         for threads in bench.threads
     }
@@ -90,6 +93,7 @@ def duel(bench: Bench, name: str, lengths: tuple[int, int]) -> Duel:
         lengths=lengths,
         prompts=count,
         new_tokens=new,
+        dtype=spec.dtype,
         weights=weights,
         budget=bench.budget,
         loaded=loaded,

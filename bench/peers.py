@@ -206,8 +206,8 @@ def sweep(
     new_tokens: int,
 ) -> Sweep:
     """Try growing batches until one does not fit or the rate falls, with the first way to run
-    ``experts``, then the other ways at the best one. ``job_of(batch, experts)`` makes a short job. Raises PeerDiedError if
-    not even the smallest batch works."""
+    ``experts``, then the other ways at the best one. ``job_of(batch, experts)`` makes a short job.
+    Raises PeerDiedError if not even the smallest batch works."""
     found = Sweep(new_tokens)
     for batch in sorted(batches):
         needed = expected_bytes(found.outcomes, batch)

@@ -2,12 +2,13 @@
 
 import statistics
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import host
 from dovetail_run import Run
-from harness import SHORT, SWEEP_TOKENS, Bench, batch_sizes, middle_job, weight_bytes
-from peers import RESIDENT, Job, Outcome, Peer, PeerSpec, Sweep, sweep
+from harness import SHORT, SWEEP_TOKENS, Bench, batch_sizes, dtype_of, middle_job, weight_bytes
+from peers import EXPERTS, RESIDENT, Job, Outcome, Peer, PeerSpec, Sweep, sweep
 from workloads import agreement, longest_first, random_prompts
 
 from dovetail.checkpoint import ModelFolder
@@ -22,6 +23,7 @@ class Resident:
     prompts: int
     lengths: tuple[int, int]
     new_tokens: int
+    dtype: str
     weights: int
     budget: int
     sweep: Sweep
@@ -41,7 +43,7 @@ class Resident:
 
     def as_dict(self) -> dict[str, Any]:
         """The section as JSON data."""
-        plain = ("prompts", "lengths", "new_tokens", "weights", "budget", "agreement")
+        plain = ("prompts", "lengths", "new_tokens", "dtype", "weights", "budget", "agreement")
         data = {name: getattr(self, name) for name in plain}
         data["sweep"] = self.sweep.as_dict()
         data["ours"] = [mine.as_dict() for mine, _ in self.pairs]
@@ -49,23 +51,30 @@ class Resident:
         return data | {"ratios": self.ratios()}
 
 
-def resident(bench: Bench) -> Resident:
-    """Both sides with all weights in memory, in turns."""
-    count, new = bench.prompts["resident"], bench.new_tokens["resident"]
-    checkpoint, weights = bench.small, weight_bytes(bench.small)
-    budget = host.memory_bytes() * 6 // 10
+def resident_budget(checkpoint: Path) -> int:
+    """A budget that holds everything. Raises InputError if the machine cannot hold the weights
+    for both sides at once."""
+    weights, budget = weight_bytes(checkpoint), host.memory_bytes() * 6 // 10
     if weights > budget // 2:
         raise InputError(
             f"{checkpoint} has {format_bytes(weights)} of weights, too much for this machine to "
             "hold for two sides at once: pass a smaller checkpoint with --small"
         )
+    return budget
+
+
+def resident(bench: Bench) -> Resident:
+    """Both sides with all weights in memory, in turns."""
+    count, new = bench.prompts["resident"], bench.new_tokens["resident"]
+    checkpoint, budget = bench.small, resident_budget(bench.small)
     prompts = random_prompts(count, *SHORT, ModelFolder.open(checkpoint).vocab)
     main = bench.threads[0]
     everything = {i: prompts[i] for i in longest_first(prompts)}
     pairs = []
-    with Peer(PeerSpec(RESIDENT, str(checkpoint), "bfloat16"), bench.scratch / "peer.log") as peer:
+    spec = PeerSpec(RESIDENT, str(checkpoint), dtype_of(checkpoint))
+    with Peer(spec, bench.scratch / "peer.log") as peer:
         # The first pass through a model is slower; it is not the peer's to pay.
-        peer.run(middle_job(prompts, min(16, count), SWEEP_TOKENS, main, "grouped_mm"))
+        peer.run(middle_job(prompts, min(16, count), SWEEP_TOKENS, main, EXPERTS[0]))
         found = sweep(
             peer,
             lambda batch, experts: middle_job(prompts, batch, min(8, new), main, experts),
@@ -74,9 +83,10 @@ def resident(bench: Bench) -> Resident:
             new,
         )
         best = found.best
-        for _ in range(bench.repeats):
+        for _ in range(bench.repeats["resident"]):
             mine = bench.ours(checkpoint, prompts, new, budget, main)
             job = Job(everything, best.batch, new, main, best.experts)
             pairs.append((mine, bench.peers(peer, job)))
     answers = agreement(pairs[0][0].answers, pairs[0][1].answers)
-    return Resident(count, SHORT, new, weights, budget, found, pairs, answers)
+    weights = weight_bytes(checkpoint)
+    return Resident(count, SHORT, new, spec.dtype, weights, budget, found, pairs, answers)

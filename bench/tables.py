@@ -33,11 +33,11 @@ def _share(part: dict[str, float | int], what: str) -> str:
     return f"{part[what]:.1%} of {part['prompts']} prompts"
 
 
-def _equal(part: dict[str, float | int]) -> str:
+def _equal(part: dict[str, float | int], dtype: str) -> str:
     if not part["prompts"]:
         return "not compared."
     first, every = _share(part, "first_token"), _share(part, "all_tokens")
-    return f"first token equal for {first}, all tokens for {every} (bfloat16)."
+    return f"first token equal for {first}, all tokens for {every} ({dtype})."
 
 
 def machine_table(facts: dict[str, str | int]) -> str:
@@ -72,8 +72,8 @@ def duel_tables(duel: Duel) -> str:
             f"anonymous); {loaded['modules_on_disk']} modules on disk, "
             f"{loaded['modules_in_ram']} in ram.",
             "\n".join(_speedup(duel, n) for n in duel.ours),
-            f"dovetail and accelerate: {_equal(duel.agreement)} "
-            f"accelerate and itself at another batch size: {_equal(duel.noise)}",
+            f"dovetail and accelerate: {_equal(duel.agreement, duel.dtype)} "
+            f"accelerate and itself at another batch size: {_equal(duel.noise, duel.dtype)}",
             _sweep_table(duel.sweep),
             *(_our_time(n, done[0]) for n, done in duel.ours.items()),
         ]
@@ -151,12 +151,13 @@ def _our_time(threads: int, run: Run) -> str:
     report = run.report
     knobs = ", ".join(f"{name} {value}" for name, value in run.knobs.items())
     fraction = report["roof_fraction"]
+    error = report["predicted_seconds"] / run.seconds - 1
     return "\n\n".join(
         [
             f"dovetail, {_threads(threads)}: {run.policy}, {knobs}. Measured "
             f"{run.seconds:.2f} s for {report['steps']} steps ({report['setup_seconds']:.2f} s of "
-            f"it set-up, predicted {run.predicted_setup_seconds:.2f} s), predicted {report['predicted_seconds']:.2f} s "
-            f"({report['predicted_seconds'] / run.seconds - 1:+.1%}); the bound is "
+            f"it set-up, predicted {run.predicted_setup_seconds:.2f} s), predicted "
+            f"{report['predicted_seconds']:.2f} s ({error:+.1%}); the bound is "
             f"{report['bound_seconds']:.2f} s, set by {report['bound_resource']}: {fraction:.1%} "
             f"of it reached. With planning and start {run.wall_seconds:.1f} s; before the run, "
             f"planning held {run.planning_bytes / GB:.2f} GB. Memory predicted "
@@ -238,7 +239,7 @@ def resident_tables(result: Resident) -> str:
             f"dovetail over transformers, weights in memory: {ratios['of_medians']:.3f} x (of "
             f"medians; pairs {ratios['min']:.3f}-{ratios['max']:.3f}; never below 0.95 is the "
             "aim).",
-            f"dovetail and transformers: {_equal(result.agreement)}",
+            f"dovetail and transformers: {_equal(result.agreement, result.dtype)}",
             _sweep_table(result.sweep),
             _our_time(threads, first),
         ]

@@ -91,7 +91,9 @@ def ranges(numbers: Iterable[int]) -> str:
         by = f" by {step}" if step > 1 else ""
         parts.append(f"{first}-{last}{by}" if length > 1 else str(first))
         left = left[length:]
-    return parts[0] if len(parts) == 1 else f"[{', '.join(parts)}]"
+    if len(parts) == 1:
+        return parts[0]
+    return f"[{', '.join(parts)}]" if parts else "none"
 
 
 def short_bytes(size: int) -> str:

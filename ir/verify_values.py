@@ -47,18 +47,20 @@ class Values:
         layers = range(len(self._graph.layers))
         for segment in self._segments.values():
             body = self._bodies[segment.body]
+            outside = body in (self._graph.prologue, self._graph.epilogue)
             in_layers = [i for i in layers if self._graph.body(i) is body]
-            for place in in_layers or [self._outside(body)]:
-                missing = self._missing(engine, segment, place)
+            for place in [self._outside(body)] if outside else in_layers:
+                missing = self._missing(engine, engine.step, segment, place)
                 if missing:
-                    where = f" of layer {place}" if in_layers else ""
+                    where = "" if outside else f" of layer {place}"
                     raise engine.error(
                         f"{missing[0]}{where} was not run in this step, expected it once before "
                         "its end"
                     )
 
-    def _missing(self, engine: Engine, segment: Segment, place: int) -> list[str]:
-        ran = self._ran.get((engine.step, engine.number, segment.name, place), set())
+    def _missing(self, engine: Engine, step: int, segment: Segment, place: int) -> list[str]:
+        """What of a segment the engine has not run in a step."""
+        ran = self._ran.get((step, engine.number, segment.name, place), set())
         if segment.over != "experts":
             return [] if ran else [segment.name]
         task = self._bodies[segment.body].experts
@@ -151,21 +153,18 @@ class Values:
         met = engine.met.get(phase, [0] * len(engine.clock))
         for worker in self._workers:
             event = written.get(worker.number)
-            late = event is None or met[worker.number] < event
-            if late or self._unfinished(worker, engine.step, maker, at):
+            if event is None or met[worker.number] < event:
                 raise engine.error(
                     f"reads {made} of all workers, and nothing orders it after {where} of "
                     f"{worker.name}: expected wait(phase, {phase}) between, signalled by "
                     f"{worker.name} after it"
                 )
-
-    def _unfinished(self, worker: Engine, step: int, maker: Segment, place: int) -> bool:
-        if maker.over != "experts":
-            return False
-        task = self._bodies[maker.body].experts
-        assert task is not None and task.experts is not None
-        ran = self._ran.get((step, worker.number, maker.name, place), set())
-        return len(ran) < task.experts.count
+            missing = self._missing(worker, engine.step, maker, at)
+            if missing:
+                raise engine.error(
+                    f"reads {made} of all workers, and {worker.name} need not have run "
+                    f"{missing[0]} yet: expected all experts before it signals {phase}"
+                )
 
     def _source(self, segment: Segment, place: int, name: str) -> tuple[int, Body, str] | None:
         """Where a value that a segment reads is made (place, body, name there), or None if it

@@ -27,6 +27,8 @@ class Durations:
         busy = machine.keeps("cpu", "cpu") if layout.workers > 1 else 1.0
         self.speed = {"cpu": busy * _thread_speedup(machine, layout.threads), "disk": 1.0}
         self._load_bytes = {(ring, layer): size for ring, layer, size in _streamed_bytes(layout)}
+        self._step: Step | None = None
+        self._known: dict[tuple[object, ...], float] = {}
 
     @property
     def disk_bytes(self) -> int:
@@ -42,9 +44,27 @@ class Durations:
         disk_keeps = self._machine.keeps("disk", "cpu")
         self.speed["cpu"] *= 1 - (1 - cpu_keeps) * disk_busy
         self.speed["disk"] *= 1 - (1 - disk_keeps) * cpu_busy
+        self._known.clear()
 
     def of(self, item: Load | Run, worker: int, step: Step) -> float:
-        """Seconds of a load or run."""
+        """Seconds of a load or run. Equal layers take equally long, so each is worked out once."""
+        if step is not self._step:
+            self._step, self._shares = step, group_shares(step, self._layout.workers)
+            self._known.clear()
+        key = self._key(item, worker)
+        if key not in self._known:
+            self._known[key] = self._seconds(item, worker, step)
+        return self._known[key]
+
+    def _key(self, item: Load | Run, worker: int) -> tuple[object, ...]:
+        if isinstance(item, Load):
+            return item.ring, item.layer
+        count = -1
+        if item.chunk < 0 <= item.layer and self._segments[item.segment].over == "experts":
+            count = self._layout.experts_resident[item.layer]
+        return item.segment, item.unit, count, worker
+
+    def _seconds(self, item: Load | Run, worker: int, step: Step) -> float:
         if isinstance(item, Load):
             layer = -1 if item.ring == "head" else item.layer
             block = self._layout.prefetch[item.ring].block
@@ -62,8 +82,7 @@ class Durations:
         return seconds
 
     def _groups(self, segment: Segment, worker: int, step: Step) -> float:
-        shares = group_shares(step, self._layout.workers)
-        groups = [step.groups[i] for i in shares[worker]]
+        groups = [step.groups[i] for i in self._shares[worker]]
         return sum(self._group(segment, g) for g in groups)
 
     def _group(self, segment: Segment, group: Group) -> float:

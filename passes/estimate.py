@@ -29,11 +29,13 @@ def estimate(layout: Layout, machine: Machine, workload: Workload, costs: Costs)
     prefill, prefills = model.prefill(workload)
     decodes = workload.prompts * (workload.new_tokens - 1) / seqs
     setup = resident_bytes(layout) / machine.disk.peak
-    if layout.dispatch.refill:
-        steps = max(decodes + 1, prefills)
-        shared = decode.scaled(decodes / steps).plus(prefill.scaled(prefills / steps))
-        return setup + steps * model.seconds(shared)
-    return setup + prefills * model.seconds(prefill) + decodes * model.seconds(decode)
+    admitted = workload.prompts / prefills
+    if not layout.dispatch.refill or 2 * admitted > seqs:
+        # All in flight begin, and so end, together: prefill and decode steps alternate in waves.
+        return setup + prefills * model.seconds(prefill) + decodes * model.seconds(decode)
+    steps = max(prefills, decodes + workload.prompts / seqs) + min(prefills, workload.new_tokens)
+    shared = decode.scaled(decodes / steps).plus(prefill.scaled(prefills / steps))
+    return setup + steps * model.seconds(shared)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,14 +5,14 @@ each other as the machine was calibrated. Steps of one shape are simulated once,
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from dovetail.ir.batching import Batcher, Group, Member, Request, Step
 from dovetail.ir.errors import VerifyError
 from dovetail.ir.machine import Machine
 from dovetail.ir.plan import Prediction
-from dovetail.ir.program import Flat, Free, Load, Program, Signal, Wait, unroll
+from dovetail.ir.program import Flat, Free, Load, Program, Run, Signal, Wait, unroll
 from dovetail.ir.timeline import Span, Timeline, seconds_by_class
 from dovetail.ir.workload import Workload
 from dovetail.passes.apply_moves import Layout
@@ -44,13 +44,22 @@ class _Engine:
         self.signals: dict[str, int] = defaultdict(int)
 
 
-def simulate_steps(program: Program, durations: Durations, steps: Iterable[Step]) -> Timeline:
+Flattened = Mapping[str, Sequence[Flat]]
+"""Every engine's instructions of one step, loops expanded."""
+
+
+def flatten(program: Program) -> Flattened:
+    """The program with its loops expanded."""
+    return {name: tuple(unroll(items)) for name, items in program.engines.items()}
+
+
+def simulate_steps(
+    program: Program, flat: Flattened, durations: Durations, steps: Sequence[Step]
+) -> Timeline:
     """The timeline of these steps one after the other, the disk engine running ahead."""
-    steps = list(steps)
     engines = []
-    for number, (name, instructions) in enumerate(program.engines.items()):
-        flat = list(unroll(instructions))
-        items = [(index, item) for index in range(len(steps)) for item in flat]
+    for number, (name, instructions) in enumerate(flat.items()):
+        items = [(index, item) for index in range(len(steps)) for item in instructions]
         engines.append(_Engine(name, number, items))
     state, spans = _State(), []
     workers = len(program.workers)
@@ -145,12 +154,13 @@ class Simulator:
     def __init__(self, layout: Layout, machine: Machine, costs: Costs) -> None:
         self.layout, self.machine, self._costs = layout, machine, costs
         self.program = lower(layout, {})
+        self._flat = flatten(self.program)
         self._known: dict[tuple[object, ...], tuple[float, dict[str, float]]] = {}
 
     def steady(self, step: Step) -> Timeline:
         """The timeline of one step among equal ones, from its first to its last instruction."""
         durations = self._contended(step)
-        timeline = simulate_steps(self.program, durations, [step, step, step])
+        timeline = simulate_steps(self.program, self._flat, durations, [step, step, step])
         return timeline.step(1)
 
     def step_seconds(self, step: Step) -> tuple[float, dict[str, float]]:
@@ -158,7 +168,7 @@ class Simulator:
         key = _signature(step)
         if key not in self._known:
             durations = self._contended(step)
-            timeline = simulate_steps(self.program, durations, [step, step])
+            timeline = simulate_steps(self.program, self._flat, durations, [step, step])
             ends = [max(s.end for s in timeline.step(i).spans) for i in (0, 1)]
             if "disk0" in self.program.engines:
                 cpu = [s for s in timeline.spans if s.engine != "disk0"]
@@ -171,12 +181,15 @@ class Simulator:
         durations = Durations(self.layout, self.program, self.machine, self._costs)
         if "disk0" not in self.program.engines:
             return durations
-        timeline = simulate_steps(self.program, durations, [step])
-        total = timeline.seconds or 1.0
-        classes = seconds_by_class(timeline.spans)
-        disk = sum(s for c, s in classes.items() if c.startswith("load:")) / total
-        cpu = sum(s for c, s in classes.items() if c.startswith("run:")) / total
-        durations.contend(min(1.0, cpu / self.layout.workers), min(1.0, disk))
+        disk = sum(
+            durations.of(item, 0, step) for item in self._flat["disk0"] if isinstance(item, Load)
+        )
+        cpu = max(
+            sum(durations.of(i, worker, step) for i in self._flat[name] if isinstance(i, Run))
+            for worker, name in enumerate(self.program.workers)
+        )
+        total = max(cpu, disk)
+        durations.contend(cpu / total, disk / total)
         return durations
 
     def predict(self, workload: Workload) -> Prediction:

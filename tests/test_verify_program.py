@@ -1,5 +1,4 @@
-"""Programs: those of every policy are legal, every rule refuses its breach, and what is accepted
-runs without a race in whatever order the engines go on."""
+"""Programs: those of every policy and placement are legal, and every rule refuses its breach."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -191,7 +190,7 @@ BAD_LISTS: dict[str, tuple[str, Edit, str]] = {
     "chunks in another order": (
         "cpu",
         _swap(CHUNK_0, CHUNK_1),
-        r"cpu0 at .*reads experts\[1, 1\] but holds experts\[1, 0\]",
+        r"cpu1 at .*reads experts\[1, 1\] but holds experts\[1, 0\]",
     ),
     "experts loaded ahead of what is needed first": (
         "disk",
@@ -257,8 +256,13 @@ BAD_LISTS: dict[str, tuple[str, Edit, str]] = {
     "experts announced before they have run": (
         "cpu1",
         _move(SIGNAL["experts"], before=CHUNK_1),
-        r"cpu0 at .*reads expert_out of all workers, and nothing orders it after "
-        r"layer_1_experts_0\[1\] of cpu1",
+        r"cpu0 at .*reads expert_out of all workers, and cpu1 need not have run expert 4 yet",
+    ),
+    "last experts announced before they have run": (
+        "cpu1",
+        _move(SIGNAL["experts"], before=Run(EXPERTS, 1, "experts", 3)),
+        r"reads expert_out of all workers, and nothing orders it after layer_1_experts_0\[1\] of "
+        "cpu1",
     ),
     "head before all hidden states are there": (
         "cpu0",
@@ -283,7 +287,7 @@ BAD_LISTS: dict[str, tuple[str, Edit, str]] = {
     "expert that does not run": (
         "cpu1",
         _drop(CHUNK_1),
-        r"cpu0 at run\(layer_1_other_0\[1\].*expert_out of all workers.* of cpu1",
+        r"reads expert_out of all workers, and cpu1 need not have run expert 2 yet: expected all",
     ),
     "head that does not run": (
         "cpu1",

@@ -35,10 +35,12 @@ LOAD_BYTES = 64 << 20
 
 
 def starts(setting: Setting) -> Iterator[Knobs]:
-    """For every number of sequences in flight, doubling, a lean and a rich schedule."""
+    """For every number of sequences in flight, doubling: a lean schedule, a rich one, and one with
+    equal batches, which is where the search meets model-based batching."""
     for seqs in powers(1, setting.workload.prompts):
         yield {**_lean(setting), "seqs": seqs}
         yield {**_rich(setting), "seqs": seqs}
+        yield {**_lean(setting), **equal_batches(setting, seqs)}
     yield leanest(setting)
 
 
@@ -53,6 +55,7 @@ def _lean(setting: Setting) -> Knobs:
         "expert_rows": 128,
         "head_rows": 16,
         "workers": setting.machine.workers,
+        "refill": True,
         "embed": False,
     }
 
@@ -68,13 +71,14 @@ def _rich(setting: Setting) -> Knobs:
         "expert_rows": 1024,
         "head_rows": 64,
         "workers": setting.machine.workers,
+        "refill": True,
         "embed": True,
     }
 
 
 def ladders(setting: Setting) -> Ladders:
     """The values that each knob may take, in order."""
-    longest, total = setting.workload.longest, setting.workload.prompt_tokens
+    longest, total = setting.workload.longest, _padded_tokens(setting)
     tokens = sorted(
         {longest, *(t for t in powers(256, 1 << 16) if longest < t), max(longest, total)}
     )
@@ -88,7 +92,14 @@ def ladders(setting: Setting) -> Ladders:
         "expert_rows": (64, 128, 256, 512, 1024),
         "head_rows": (1, 4, 16, 64, 256),
         "embed": (False, True),
+        "refill": (False, True),
     }
+
+
+def _padded_tokens(setting: Setting) -> int:
+    """Tokens of all prompts, padded within cohorts of 128: enough to admit everything at once."""
+    lengths = setting.workload.each()
+    return sum(lengths[i] * len(lengths[i : i + 128]) for i in range(0, len(lengths), 128))
 
 
 def _between(values: list[int]) -> list[int]:
