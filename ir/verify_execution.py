@@ -59,7 +59,7 @@ class Execution:
                 return engine.waits.get(name, 0) < len(self._rings[name].ready)
             case Wait("room", name):
                 ring = self._rings[name]
-                before = len(ring.loads) - ring.spec.slots
+                before = len(ring.ready) - ring.spec.slots
                 return before < 0 or len(ring.freed[before]) >= ring.spec.consumers
             case Wait("phase", name):
                 return len(self._met(engine, name)) == len(self._workers)
@@ -91,6 +91,7 @@ class Execution:
                 self._values.run(engine, item)
 
     def _wait_room(self, engine: Engine, ring: RingState) -> None:
+        self._check_signalled(engine, ring)
         ring.room = len(ring.loads)
         before = ring.room - ring.spec.slots
         # With fewer consumers than workers any of them may have ended the wait: it orders nothing.
@@ -100,10 +101,8 @@ class Execution:
 
     def _load(self, engine: Engine, item: Load) -> None:
         ring = self._rings[item.ring]
+        self._check_signalled(engine, ring)
         number = len(ring.loads)
-        if number > len(ring.ready):
-            last = text_of(ring.loads[-1])
-            raise engine.error(f"{last} is loaded and not signalled, expected its signal before")
         if ring.room != number:
             live = ", ".join(ring.live(len(self._workers))) or "nothing"
             raise engine.error(
@@ -121,6 +120,11 @@ class Execution:
                 )
         ring.loads.append(unit_of(item))
         ring.freed.append({})
+
+    def _check_signalled(self, engine: Engine, ring: RingState) -> None:
+        if len(ring.loads) > len(ring.ready):
+            last = text_of(ring.loads[-1])
+            raise engine.error(f"{last} is loaded and not signalled, expected its signal before")
 
     def _signal_ready(self, engine: Engine, ring: RingState) -> None:
         if len(ring.ready) == len(ring.loads):
@@ -208,7 +212,7 @@ class Execution:
             return [loader] if loader else []
         if item.what == "room":
             ring = self._rings[item.name]
-            there = ring.freed[len(ring.loads) - ring.spec.slots]
+            there = ring.freed[len(ring.ready) - ring.spec.slots]
         else:
             there = self._met(engine, item.name)
         return [worker.name for worker in self._workers if worker.number not in there]

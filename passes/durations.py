@@ -69,7 +69,8 @@ class Durations:
             layer = -1 if item.ring == "head" else item.layer
             block = self._layout.prefetch[item.ring].block
             nbytes = self._load_bytes[item.ring, layer]
-            rate = self._machine.disk.at(min(block, nbytes)) * self.speed["disk"]
+            piece = min(block, nbytes / self._reads(item))
+            rate = self._machine.disk.at(piece) * self.speed["disk"]
             return nbytes / rate
         segment = self._segments[item.segment]
         if segment.over == "experts":
@@ -80,6 +81,16 @@ class Durations:
         if item.unit == "disk rows":
             seconds += step.tokens / self._layout.workers * ROW_READ_SECONDS
         return seconds
+
+    def _reads(self, load: Load) -> int:
+        """Separate reads of a load: an expert's tensors lie side by side in published checkpoints,
+        one expert after another only by chance."""
+        graph = self._layout.graph
+        if load.ring == "experts":
+            return self._layout.chunk
+        return len(
+            head_weights(graph) if load.ring == "head" else dense_weights(graph.body(load.layer))
+        )
 
     def _groups(self, segment: Segment, worker: int, step: Step) -> float:
         groups = [step.groups[i] for i in self._shares[worker]]

@@ -18,7 +18,7 @@ from dovetail.runtime.calibrate_disk import RegionReader, late_rate, readable_fi
 from dovetail.runtime.calibrate_spec import Spec
 from dovetail.runtime.calibrate_together import run_together
 
-PROTOCOL = 2
+PROTOCOL = 3
 """Raised when figures of an older calibration can no longer be compared with new ones."""
 
 PROCESS_BYTES = 4 << 20

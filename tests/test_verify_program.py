@@ -115,6 +115,14 @@ def _swap(first: Instruction, second: Instruction) -> Edit:
     return edit
 
 
+def _swap_after(item: Instruction) -> Edit:
+    def edit(items: list[Instruction]) -> None:
+        at = items.index(item)
+        items[at], items[at + 1] = items[at + 1], items[at]
+
+    return edit
+
+
 def _replace(old: Instruction, new: Instruction) -> Edit:
     def edit(items: list[Instruction]) -> None:
         items[items.index(old)] = new
@@ -157,10 +165,15 @@ BAD_LISTS: dict[str, tuple[str, Edit, str]] = {
         _drop(Load("dense", 1, 0)),
         r"disk0 at signal\(ready, dense\) .*nothing was loaded since the last signal",
     ),
+    "room for the next load before the signal of this one": (
+        "disk",
+        _swap_after(LOADED["dense"]),
+        r"disk0 at wait\(room, .*dense\[0\] is loaded and not signalled",
+    ),
     "load that is never signalled": (
         "disk",
         _drop(LOADED["dense"]),
-        r"disk0 at load\(dense\[1\]\) .*dense\[0\] is loaded and not signalled",
+        r"disk0 at wait\(room, dense\) .*dense\[0\] is loaded and not signalled",
     ),
     "load before the one before is freed": (
         "cpu0",

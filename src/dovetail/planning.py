@@ -48,7 +48,9 @@ def plan_here(request: Request, note: Note) -> tuple[Plan, Captured]:
     machine = find_machine(request.machine, folder, note)
     if request.plan:
         given = load_plan(Path(request.plan))
-        return _adopt(given, request, captured, machine, folder), captured
+        plan = _adopt(given, request, captured, machine, folder)
+        _verify(plan, captured)
+        return plan, captured
     plan = choose(
         captured.graph,
         machine,
@@ -58,7 +60,18 @@ def plan_here(request: Request, note: Note) -> tuple[Plan, Captured]:
         knobs=request.knobs,
         checkpoint=folder.index.digest(),
     )
+    _verify(plan, captured)
     return plan, captured
+
+
+def _verify(plan: Plan, captured: Captured) -> None:
+    """Hold the plan's program against the specification before anything runs on it."""
+    from dovetail.ir.verify import verify_graph, verify_program
+    from dovetail.passes.apply_moves import apply_moves
+    from dovetail.passes.lower import lower
+
+    verify_graph(captured.graph)
+    verify_program(lower(apply_moves(captured.graph, plan.moves), plan.budget), captured.graph)
 
 
 def _adopt(
