@@ -148,7 +148,7 @@ def _run(options: argparse.Namespace, small: Path, scratch: Path) -> None:
     results: dict[str, Any] = {
         "machine": facts,
         "calibration": _calibration(machine),
-        "command": sys.argv[1:],
+        "settings": _settings(bench),
         "sections": {},
     }
     print(machine_table(facts), flush=True)
@@ -182,6 +182,20 @@ def _bench(options: argparse.Namespace, small: Path, scratch: Path) -> Bench:
         repeats=options.repeats,
         say=_say,
     )
+
+
+def _settings(bench: Bench) -> dict[str, Any]:
+    """What was asked for, without the places of this machine."""
+    return {
+        "checkpoint": bench.checkpoint.name,
+        "small": bench.small.name,
+        "budget": bench.budget,
+        "prompts": dict(bench.prompts),
+        "new_tokens": dict(bench.new_tokens),
+        "repeats": dict(bench.repeats),
+        "batches": list(bench.batches),
+        "experts": list(bench.experts),
+    }
 
 
 def _machine(bench: Bench, checkpoint: Path) -> Machine:

@@ -161,9 +161,10 @@ class Peer:
         line = process.stdout.readline()
         if not line:
             self._stop()
+            last = self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-1:]
             raise PeerDiedError(
                 f"the peer ended with code {process.returncode} (-9: killed, as a rule for "
-                f"memory); its output is in {self.log}"
+                f"memory); its last words: {' '.join(last)[-200:] or 'none'}"
             )
         answer: dict[str, Any] = json.loads(line)
         return answer

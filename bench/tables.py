@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Iterable, Sequence
+from itertools import chain
 
 from accuracy_section import Accuracy, Point
 from dovetail_run import Run
@@ -10,6 +11,7 @@ from peers import Outcome, Sweep
 from resident_section import Resident
 
 GB = 1e9
+_QUIET_CORES = 0.15
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -31,6 +33,17 @@ def _threads(number: int) -> str:
 
 def _share(part: dict[str, float | int], what: str) -> str:
     return f"{part[what]:.1%} of {part['prompts']} prompts"
+
+
+def _quiet(rows: Iterable[Outcome | Run]) -> str:
+    """Whether the machine was quiet enough for the figures to be quoted."""
+    most = max(row.other_cores for row in rows)
+    if most <= _QUIET_CORES:
+        return f"The machine was quiet: others used at most {most:.2f} cores."
+    return (
+        f"**The machine was not quiet**: others used up to {most:.2f} cores, so these figures are "
+        "not to be quoted. Programs with several threads suffer most."
+    )
 
 
 def _equal(part: dict[str, float | int], dtype: str) -> str:
@@ -67,6 +80,7 @@ def duel_tables(duel: Duel) -> str:
                     *(_our_row(n, done) for n, done in duel.ours.items()),
                 ],
             ),
+            _quiet([*chain(*duel.peer.values()), *chain(*duel.ours.values())]),
             f"accelerate's load: {loaded['seconds']:.0f} s, peak RSS "
             f"{loaded['peak_bytes'] / GB:.2f} GB ({loaded['anonymous_bytes'] / GB:.2f} GB "
             f"anonymous); {loaded['modules_on_disk']} modules on disk, "
@@ -236,6 +250,7 @@ def resident_tables(result: Resident) -> str:
                      _spread([r.other_cores for r in mine], ".2f")],
                 ],
             ),
+            _quiet([*mine, *theirs]),
             f"dovetail over transformers, weights in memory: {ratios['of_medians']:.3f} x (of "
             f"medians; pairs {ratios['min']:.3f}-{ratios['max']:.3f}; never below 0.95 is the "
             "aim).",

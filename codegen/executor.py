@@ -122,6 +122,7 @@ class _Emitter:
                 continue
             if isinstance(item, Signal) and item.what == "phase":
                 skip = following == Wait("phase", item.name)
+                assert skip or item.name == "step", "workers wait where they signal"
                 word = "meet" if skip else "signal"
                 self._line(depth, f'm.{word}(worker, "{item.name}")', _MEETINGS.get(item.name, ""))
                 continue
@@ -139,8 +140,6 @@ class _Emitter:
                 return f'm.wait_room("{name}")'
             case Wait("ready", name):
                 return f'm.wait_ready(worker, "{name}")'
-            case Wait("phase", name):
-                return f'm.wait(worker, "{name}")'
             case Signal("ready", name):
                 return f'm.signal_ready("{name}")'
             case Load(ring, at, part):

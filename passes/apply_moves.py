@@ -123,7 +123,13 @@ def apply_moves(graph: TaskGraph, moves: Iterable[Move]) -> Layout:
 def _apply(layout: Layout, move: Move) -> Layout:
     match move:
         case Dispatch():
-            _positive(move, seqs=move.seqs, kv_tokens=move.kv_tokens)
+            _positive(
+                move,
+                seqs=move.seqs,
+                kv_tokens=move.kv_tokens,
+                prefill_tokens=move.prefill_tokens,
+                longest=move.longest,
+            )
             return layout
         case Place():
             return _place(layout, move)
@@ -203,6 +209,9 @@ def _fuse(layout: Layout, move: Fuse) -> Layout:
     body = next(b for b in _bodies(layout.graph) if b.name == move.body)
     if any(t.role is Role.EXPERTS for t in body.tasks if t.name in move.tasks):
         raise VerifyError(f"fuse in {move.body}: experts run over all groups and stay on their own")
+    cut = [g for g in groups if set(g) & set(move.tasks) and not set(g) <= set(move.tasks)]
+    if cut:
+        raise VerifyError(f"fuse in {move.body}: {move.tasks} would cut {cut[0]}, fused before")
     kept = [g for g in groups if not set(g) & set(move.tasks)]
     before = [g for g in kept if names.index(g[0]) < start]
     after = [g for g in kept if names.index(g[0]) > start]
@@ -210,6 +219,13 @@ def _fuse(layout: Layout, move: Fuse) -> Layout:
 
 
 def _check(layout: Layout, moves: tuple[Move, ...]) -> None:
+    epilogue = layout.graph.epilogue
+    if len(layout.fused[epilogue.name]) > 1:
+        names = tuple(task.name for task in epilogue.tasks)
+        raise VerifyError(
+            f"the epilogue runs as one segment per tile of sequences, found it in "
+            f"{len(layout.fused[epilogue.name])}: add fuse({epilogue.name}, {names})"
+        )
     accumulated = any(isinstance(move, Accumulate) for move in moves)
     for layer in range(len(layout.graph.layers)):
         experts = experts_of(layout.graph, layer)

@@ -97,9 +97,11 @@ def _segment_name(layout: Layout, body: Body, index: int) -> str:
     experts_at = next(
         (i for i, g in enumerate(groups) if body.experts and body.experts.name in g), -1
     )
-    if experts_at < 0:
-        return f"{body.name}_part{index}"
-    return f"{body.name}_{'before' if index < experts_at else 'after'}"
+    side = "before" if index < experts_at else "after"
+    same = [
+        i for i, g in enumerate(groups) if len(g) > 1 and (i < experts_at) == (side == "before")
+    ]
+    return f"{body.name}_{side}" if same == [index] else f"{body.name}_part{index}"
 
 
 def _compute(layout: Layout) -> list[Instruction]:
