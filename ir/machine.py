@@ -62,6 +62,8 @@ class Machine:
     op_seconds: float
     disk: Curve
     slowdown: Mapping[str, float]
+    fresh_bandwidth: float = 0.0
+    """Bytes/s at which one thread touches memory that the system has yet to give; 0: not known."""
     process_bytes: int = 0
     """Memory that a run takes beside its pools: allocator slack, library code, Python objects."""
     silicon: Mapping[str, str] = field(default_factory=dict)

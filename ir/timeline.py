@@ -9,7 +9,8 @@ from dataclasses import dataclass
 class Span:
     """One instruction on one engine, in seconds since the step began.
 
-    ``kind`` is ``run``, ``load`` or ``wait``; ``name`` the segment, ring or phase.
+    ``kind`` is ``run``, ``load``, ``wait`` (for a load or a phase) or ``room`` (for a free buffer);
+    ``name`` the segment, ring or phase.
     """
 
     engine: str
@@ -47,7 +48,7 @@ class Timeline:
 
 def seconds_by_class(spans: Iterable[Span]) -> dict[str, float]:
     """Seconds of all engines together by task class: ``run:segment``, ``load:ring``,
-    ``wait:name``."""
+    ``wait:name``, ``room:ring``."""
     totals: dict[str, float] = defaultdict(float)
     for span in spans:
         totals[f"{span.kind}:{span.name}"] += span.seconds
@@ -66,7 +67,7 @@ def chrome_trace(timelines: Iterable[Timeline]) -> dict[str, object]:
             meta = {"ph": "M", "pid": process, "tid": thread, "name": "thread_name"}
             events.append({**meta, "args": {"name": engine}})
         for span in timeline.spans:
-            # Whole microseconds: a viewer drops an event that overlaps the one before by a rounding.
+            # Whole microseconds: a viewer drops an event that overlaps another by a rounding.
             start, end = round(span.start * 1e6), round(span.end * 1e6)
             events.append(
                 {

@@ -121,7 +121,7 @@ def _advance(
             engine.waits[item.name] += 1
         elif item.what == "phase":
             engine.phases[item.name] += 1
-        kind, name, layer = "wait", item.name, -1
+        kind, name, layer = "room" if item.what == "room" else "wait", item.name, -1
     elif isinstance(item, Signal):
         if item.what == "ready":
             state.ready[item.name].append(start)
@@ -192,6 +192,13 @@ class Simulator:
         durations.contend(cpu / total, disk / total)
         return durations
 
+    def _setup_rate(self) -> float:
+        """Bytes/s at which all workers together read into memory that is new to the process."""
+        disk, fresh = self.machine.disk.peak, self.machine.fresh_bandwidth
+        if not fresh:
+            return disk
+        return min(disk, self.layout.workers / (1 / disk + 1 / fresh))
+
     def predict(self, workload: Workload) -> Prediction:
         """Time and bytes of the whole workload, every sequence at its full length."""
         return self.predict_steps(workload_steps(self.layout, workload))
@@ -200,7 +207,7 @@ class Simulator:
         """Time and bytes of these steps, set-up included."""
         layout = self.layout
         setup = resident_bytes(layout)
-        setup_seconds = setup / self.machine.disk.at(8 << 20)
+        setup_seconds = setup / self._setup_rate()
         seconds, count, tokens = setup_seconds, 0, 0
         classes: dict[str, float] = defaultdict(float)
         for step in steps:

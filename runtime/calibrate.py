@@ -74,6 +74,7 @@ def calibrate(
         memory_bandwidth=rates.memory_bandwidth,
         op_seconds=rates.op_seconds,
         disk=disk,
+        fresh_bandwidth=compute.fresh_rate(max(_cold_bytes(spec), 1 << 20)),
         slowdown=slowdown,
         process_bytes=PROCESS_BYTES,
         silicon=host.silicon() | host.software() | {"disk": device},

@@ -6,6 +6,7 @@ between the disturbances of other processes. Time is the CPU time of the measuri
 waiting for a core that somebody else holds does not count.
 """
 
+import mmap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from dovetail.ir.task_graph import KvSpec
 from dovetail.runtime.attention import attention
 from dovetail.runtime.calibrate_spec import Spec
 from dovetail.runtime.kv_store import KvGroup, KvStore
+from dovetail.runtime.pools import Arena, TierBudget
 
 WINDOW_SECONDS = 0.025
 MIN_WINDOWS = 2
@@ -118,6 +120,16 @@ def copy_rate(cold_bytes: int, budget: float) -> float:
     target = torch.ones_like(source)
     seconds = best_seconds(lambda i: target.copy_(source), 1, budget)
     return 2 * source.nbytes / seconds
+
+
+def fresh_rate(nbytes: int) -> float:
+    """Bytes/s at which one thread touches memory that the system has yet to give, huge pages
+    asked for, as all pools ask."""
+    with Arena(nbytes, TierBudget(nbytes + mmap.PAGESIZE), "calibration") as arena:
+        tensor = arena.tensor(arena.allocate(nbytes), torch.uint8, (nbytes,))
+        begin = time.perf_counter()
+        tensor[:: mmap.PAGESIZE] = 1
+        return nbytes / (time.perf_counter() - begin)
 
 
 def op_seconds(dtype: torch.dtype, budget: float) -> float:

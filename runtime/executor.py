@@ -6,6 +6,8 @@ first error in any engine stops all of them and is raised where the step was ask
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import torch
@@ -130,11 +132,11 @@ class Runtime:
             return {}
         arena = Arena(total, self.budget, "resident weights")
         self._pools.append(arena)
-        loaded = {}
-        for key, unit in units.items():
-            buffer = arena.view(arena.allocate(unit.nbytes), unit.nbytes)
-            loaded[key] = self._store.read(unit, buffer, streamed=False)
-        return loaded
+        buffers = [arena.view(arena.allocate(u.nbytes), u.nbytes) for u in units.values()]
+        # Several readers: what takes time is as much the system's giving of memory as the disk.
+        with ThreadPoolExecutor(self._workers) as readers:
+            read = partial(self._store.read, streamed=False)
+            return dict(zip(units, readers.map(read, units.values(), buffers), strict=True))
 
     def run_step(self, step: Step, inputs: Sequence[Mapping[str, Tensor]]) -> Tensor:
         """Run one step; ``inputs`` has ``input_ids`` and ``position_ids`` ``[seqs, q_len]`` of
@@ -240,7 +242,7 @@ class Runtime:
         """Block until the ring's next buffer is free."""
         begin = clock()
         self._rings[ring].acquire(self._loads[ring])
-        self._waited("disk0", ring, begin)
+        self._waited("disk0", ring, begin, "room")
 
     def load(self, ring: str, layer: int, chunk: int) -> None:
         """Read a unit into the ring's next buffer."""
@@ -387,7 +389,7 @@ class Runtime:
             return self._held[unit][n % len(self._held[unit])]
         return []
 
-    def _waited(self, engine: str, name: str, begin: float) -> None:
+    def _waited(self, engine: str, name: str, begin: float, kind: str = "wait") -> None:
         end = clock()
         if end - begin > WAIT_RECORDED:
-            self.recorder.add(engine, "wait", name, -1, begin, end)
+            self.recorder.add(engine, kind, name, -1, begin, end)

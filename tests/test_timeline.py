@@ -68,7 +68,7 @@ def test_trace_names_every_process_and_thread() -> None:
         assert names["thread_name", event["pid"], event["tid"]] in ("cpu0", "disk0")
         assert ("process_name", event["pid"], None) in names
         assert math.isfinite(event["ts"]) and event["dur"] >= 0
-        assert event["cat"] in ("run", "load", "wait")
+        assert event["cat"] in ("run", "load", "wait", "room")
 
 
 def test_trace_is_in_microseconds() -> None:

@@ -38,6 +38,7 @@ class Measured:
     pool_bytes: int = 0
     rss_bytes: int = 0
     classes: dict[str, float] = field(default_factory=dict)
+    step_seconds: tuple[float, ...] = ()
     timeline: Timeline = field(default_factory=lambda: Timeline("measured", ()))
 
 
@@ -108,6 +109,7 @@ class Execution:
         measured.pool_bytes = runtime.budget.peak
         measured.rss_bytes = max(0, memory.peak_rss_bytes() - self._baseline)
         measured.classes = runtime.recorder.totals
+        measured.step_seconds = tuple(runtime.recorder.step_seconds)
         measured.timeline = runtime.recorder.timeline()
 
 

@@ -42,6 +42,7 @@ class Report:
     rss_bytes: int
     predicted_classes: dict[str, float]
     measured_classes: dict[str, float]
+    step_seconds: tuple[float, ...]
     predicted_timeline: Timeline
     measured_timeline: Timeline
 
@@ -68,6 +69,7 @@ class Report:
             rss_bytes=measured.rss_bytes,
             predicted_classes=dict(predicted.classes),
             measured_classes=measured.classes,
+            step_seconds=measured.step_seconds,
             predicted_timeline=simulator.steady(steps[len(steps) // 2]),
             measured_timeline=measured.timeline,
         )

@@ -35,7 +35,9 @@ class Panel:
 
     def busy(self, engine: str) -> float:
         """Share of the time in which the engine does not wait."""
-        mine = (s.seconds for s in self.spans if s.engine == engine and s.kind != "wait")
+        mine = (
+            s.seconds for s in self.spans if s.engine == engine and s.kind not in ("wait", "room")
+        )
         return sum(mine) / self.seconds
 
 

@@ -219,7 +219,7 @@ class _Group:
 
 def _groups(spans: Sequence[Span], classes: Mapping[str, str]) -> Iterator[_Group]:
     """Groups of a lane in order of time, in milliseconds; the texts from long to short."""
-    working = [span for span in spans if span.kind != "wait"]
+    working = [span for span in spans if span.kind not in ("wait", "room")]
     for (kind, layer), members in groupby(working, key=lambda s: (span_class(s, classes), s.layer)):
         mine = list(members)
         short = LOOKS[kind].short
