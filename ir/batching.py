@@ -209,7 +209,7 @@ class Batcher:
         """How many rows the next cohort can have."""
         first = self._waiting[0]
         stride = row_tokens(first.length, first.new_tokens)
-        by_tokens = tokens // first.length
+        by_tokens = max(0, tokens) // first.length
         if not self.in_flight:
             by_tokens = max(1, by_tokens)
         return min(

@@ -6,6 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 
+LARGE_BLOCK = 32 << 20
+"""Temporaries of at least this many bytes are given by the system each time, and go back to it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Curve:
     """A rate measured at some sizes; linear in log2(size) between them, flat outside."""

@@ -13,7 +13,7 @@ import sympy
 
 from dovetail.ir.errors import PlanError
 from dovetail.ir.expr import Expr, evaluate, to_expr
-from dovetail.ir.machine import Curve, Machine
+from dovetail.ir.machine import LARGE_BLOCK, Curve, Machine
 from dovetail.ir.task_graph import ITEMSIZE, Arg, Body, Experts, Op, Ref, Task, Value, Weight
 
 VIEWS = frozenset(
@@ -32,12 +32,14 @@ _MATMULS = frozenset(
 @dataclass(frozen=True, slots=True)
 class OpCost:
     """One operator: ``kind`` is gemm, attention, copy or view; ``rows`` the rows of a GEMM or the
-    query length of attention; ``bytes`` what it reads and writes (for attention: the KV)."""
+    query length of attention; ``bytes`` what it reads and writes (for attention: the KV), ``made``
+    what it writes to memory of its own."""
 
     kind: str
     flops: Expr
     bytes: Expr
     rows: Expr
+    made: Expr
 
 
 def base_target(op: Op) -> str:
@@ -55,7 +57,7 @@ def op_cost(op: Op, values: Mapping[str, Value], weights: Mapping[str, Weight]) 
     """The symbolic cost of one operator of a body."""
     zero = sympy.Integer(0)
     if is_view(op) or op.target == "dovetail.experts":
-        return OpCost("view", zero, zero, zero)
+        return OpCost("view", zero, zero, zero, zero)
     if op.target == "dovetail.attention":
         return _attention_cost(op, values)
     outs = sum((_nbytes(values[name]) for name in op.outs if name in values), zero)
@@ -64,13 +66,13 @@ def op_cost(op: Op, values: Mapping[str, Value], weights: Mapping[str, Weight]) 
         if name in values:
             inputs += _nbytes(values[name])
     if base_target(op) == "aten.embedding":
-        return OpCost("copy", zero, 2 * outs, zero)
+        return OpCost("copy", zero, 2 * outs, zero, outs)
     if base_target(op) in _MATMULS:
         out = values[op.outs[0]]
         depth = _shape(_matrix_operand(op), values, weights)[-1]
         rows = sympy.Mul(*out.shape[:-1])
-        return OpCost("gemm", 2 * sympy.Mul(*out.shape) * depth, inputs + outs, rows)
-    return OpCost("copy", zero, inputs + outs, zero)
+        return OpCost("gemm", 2 * sympy.Mul(*out.shape) * depth, inputs + outs, rows, outs)
+    return OpCost("copy", zero, inputs + outs, zero, outs)
 
 
 def _matrix_operand(op: Op) -> Arg:
@@ -84,7 +86,8 @@ def _attention_cost(op: Op, values: Mapping[str, Value]) -> OpCost:
     kv_len = k[2]
     flops = 2 * seqs * heads * q_len * kv_len * (dim + v[3])
     kv = sum((_nbytes(values[arg.name]) for arg in op.args[1:3] if isinstance(arg, Ref)), 0)
-    return OpCost("attention", flops, to_expr(kv), q_len)
+    made = _nbytes(values[op.outs[0]])
+    return OpCost("attention", flops, to_expr(kv), q_len, made)
 
 
 def _shape(
@@ -153,6 +156,9 @@ class Costs:
         if cost.kind == "view":
             return self._view_seconds
         fixed = machine.op_seconds
+        made = evaluate(cost.made, **dims)
+        if made >= LARGE_BLOCK and machine.fresh_bandwidth:
+            fixed += made / machine.fresh_bandwidth
         nbytes = evaluate(cost.bytes, **dims)
         if cost.kind == "copy":
             return fixed + nbytes / machine.memory_bandwidth

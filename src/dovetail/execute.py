@@ -10,6 +10,8 @@ from typing import Any, Self
 from dovetail.capture.captured import Captured
 from dovetail.codegen.executor import emit_executor
 from dovetail.ir.batching import Request, Step
+from dovetail.ir.machine import LARGE_BLOCK
+from dovetail.ir.machine import LARGE_BLOCK
 from dovetail.ir.plan import Plan
 from dovetail.ir.program import Program
 from dovetail.ir.timeline import Timeline
@@ -21,10 +23,10 @@ from dovetail.runtime.generate import Generator, StepReport
 from dovetail.runtime.safetensors_index import CheckpointIndex
 from dovetail.runtime.sampling import Sampling
 
-LEAST_KEPT, MOST_KEPT = 64 << 10, 4 << 20
-KEPT_SHARE = 256
-"""malloc keeps at most a 256th of the budget, within these bytes: more goes back to the system when
-freed, so that what is held is what is counted. Keeping more is faster: returned pages fault."""
+LEAST_KEPT, KEPT_SHARE = 64 << 10, 64
+"""malloc keeps free memory of up to a 64th of the budget, between these bytes and ``LARGE_BLOCK``;
+more goes back to the system, so that what is held is what is counted. Keeping more would be
+faster: writing to memory that is new to the process costs several times a write."""
 
 
 @dataclass(slots=True)
@@ -58,7 +60,7 @@ class Execution:
         stop_tokens: Sequence[int],
         executor_file: Path,
     ) -> None:
-        kept = min(MOST_KEPT, max(LEAST_KEPT, plan.budget["ram"] // KEPT_SHARE))
+        kept = min(LARGE_BLOCK, max(LEAST_KEPT, plan.budget["ram"] // KEPT_SHARE))
         memory.trim_allocator(kept, kept, arenas=1)
         graph = captured.graph
         self.layout = apply_moves(graph, plan.moves)
