@@ -118,6 +118,8 @@ def _table(title: str, rows: Iterator[tuple[str, str]]) -> list[str]:
 
 def _others(machine: Machine) -> Iterator[tuple[str, str]]:
     yield "copying memory, one worker", f"{machine.memory_bandwidth / 1e9:.3g} GB/s"
+    if machine.fresh_bandwidth:
+        yield "first use of memory, one worker", f"{machine.fresh_bandwidth / 1e9:.3g} GB/s"
     yield "one framework operator", format_duration(machine.op_seconds)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from dovetail import __version__
 from dovetail.ir.errors import DovetailError
+from dovetail.system_errors import as_output_error
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -26,6 +27,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         sys.stderr.close()
+        return 1
+    except OSError as error:
+        print(f"dovetail: {as_output_error(error)}", file=sys.stderr)
         return 1
 
 

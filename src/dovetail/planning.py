@@ -19,6 +19,7 @@ from dovetail.ir.machine import Machine
 from dovetail.ir.plan import Plan, load_plan, save_plan
 from dovetail.ir.units import format_bytes
 from dovetail.ir.workload import Workload
+from dovetail.system_errors import as_output_error
 from dovetail.tuning_db.database import Database, default_path
 
 PLAN_FILE = "plan.json"
@@ -169,6 +170,8 @@ def plan_apart(request: Request, out: Path, note: Note) -> tuple[Plan, Captured]
         stdout=subprocess.PIPE,
         text=True,
         check=False,
+        # Ctrl-C in a terminal goes to a whole group: it is for us, and we end the child.
+        process_group=0,
     )
     lines = child.stdout.splitlines()
     answer = json.loads(lines[-1]) if lines else {}
@@ -198,7 +201,8 @@ def main() -> int:
         plan, captured = plan_here(request, lambda text: print(text, file=sys.stderr, flush=True))
         captured.save(out)
         save_plan(plan, out / PLAN_FILE)
-    except DovetailError as error:
+    except (DovetailError, OSError) as caught:
+        error = as_output_error(caught) if isinstance(caught, OSError) else caught
         print(json.dumps({"error": str(error), "kind": type(error).__name__}))
         return 1
     print(json.dumps({"plan": plan.digest()}))
