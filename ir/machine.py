@@ -5,7 +5,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-
 LARGE_BLOCK = 32 << 20
 """Temporaries of at least this many bytes are given by the system each time, and go back to it."""
 

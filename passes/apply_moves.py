@@ -74,7 +74,8 @@ class Layout:
     @property
     def settings(self) -> Settings:
         """What the executor needs beside the program's instructions."""
-        tokens = self.dispatch.prefill_tokens + self.dispatch.seqs
+        dispatch = self.dispatch
+        tokens = max(dispatch.prefill_tokens, dispatch.longest) + dispatch.seqs
         return Settings(
             admission=self.admission,
             experts_resident=self.experts_resident,

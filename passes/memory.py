@@ -96,7 +96,8 @@ def kernel_bytes(graph: TaskGraph) -> int:
 
 def step_tokens(layout: Layout) -> int:
     """Most new tokens of a step: one per sequence in decode, beside the prompts admitted."""
-    return layout.dispatch.prefill_tokens + layout.dispatch.seqs
+    dispatch = layout.dispatch
+    return max(dispatch.prefill_tokens, dispatch.longest) + dispatch.seqs
 
 
 def token_buffer_bytes(layout: Layout) -> int:

@@ -24,11 +24,13 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if self.temperature < 0:
-            raise InputError(f"temperature must be >= 0, found {self.temperature}")
+            raise InputError(
+                f"temperature must be >= 0, found {self.temperature}; 0 is greedy, 1 as trained"
+            )
         if self.top_k < 0:
-            raise InputError(f"top-k must be >= 0 (0 keeps all tokens), found {self.top_k}")
+            raise InputError(f"top-k must be >= 0, found {self.top_k}; 0 keeps all tokens")
         if not 0 < self.top_p <= 1:
-            raise InputError(f"top-p must be in (0, 1], found {self.top_p}")
+            raise InputError(f"top-p must be in (0, 1], found {self.top_p}; 1 keeps all tokens")
 
     @property
     def greedy(self) -> bool:

@@ -11,7 +11,6 @@ from dovetail.capture.captured import Captured
 from dovetail.codegen.executor import emit_executor
 from dovetail.ir.batching import Request, Step
 from dovetail.ir.machine import LARGE_BLOCK
-from dovetail.ir.machine import LARGE_BLOCK
 from dovetail.ir.plan import Plan
 from dovetail.ir.program import Program
 from dovetail.ir.timeline import Timeline

@@ -92,6 +92,12 @@ def _adopt(
             f"{request.checkpoint}; plan this model again"
         )
     layout = apply_moves(graph, plan.moves)
+    if request.workload.longest > layout.dispatch.longest:
+        raise PlanError(
+            f"{request.plan}: its steps are laid out for prompts of up to "
+            f"{layout.dispatch.longest} tokens, but the longest has {request.workload.longest}; "
+            "plan again for this workload"
+        )
     needed = request.workload.longest + request.workload.new_tokens - 1
     if needed > layout.dispatch.kv_tokens:
         raise PlanError(

@@ -18,7 +18,6 @@ from tests.e2e.support import machine, save_tiny, tiny_model, transformers_token
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
-from dovetail import journal
 from dovetail.cli import main, make_parser
 from dovetail.demo import write_demo
 from dovetail.ir.plan import load_plan
@@ -217,13 +216,20 @@ def test_skip_bad_leaves_bad_lines_out(
 # Plans.
 
 
-@pytest.fixture
-def plan(place: Place, capfd: pytest.CaptureFixture[str]) -> Path:
+def make_plan(place: Place, *options: str) -> Path:
     """A plan made for the prompts."""
     path = place.folder / "plan.json"
     words = ["plan", "make", str(place.checkpoint), "--prompts", str(place.prompts)]
     words += ["--budget", "64MiB", "--max-new-tokens", str(NEW), "--policy", "weight_stream"]
-    assert main([*words, "--machine", str(place.folder / "machine.json"), "-o", str(path)]) == 0
+    words += ["--machine", str(place.folder / "machine.json"), "-o", str(path)]
+    assert main([*words, *options]) == 0
+    return path
+
+
+@pytest.fixture
+def plan(place: Place, capfd: pytest.CaptureFixture[str]) -> Path:
+    """A plan made for the prompts, with what was printed left out."""
+    path = make_plan(place)
     capfd.readouterr()
     return path
 
@@ -277,19 +283,18 @@ def test_plan_for_another_model_is_refused(
     assert "found mixtral with 4 layers" in message and "plan this model again" in message
 
 
-def test_plan_for_shorter_prompts_is_refused_or_works(
-    place: Place, plan: Path, capfd: pytest.CaptureFixture[str]
+def test_plan_for_shorter_prompts_is_refused(
+    place: Place, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Its KV store may hold the longer prompt in place of new tokens; its steps may not."""
-    words = ["plan", "make", str(place.checkpoint), "--prompts", str(place.prompts)]
-    words += ["--budget", "64MiB", "--max-new-tokens", "120", "--policy", "weight_stream"]
-    assert main([*words, "--machine", str(place.folder / "machine.json"), "-o", str(plan)]) == 0
+    """Its KV store would hold the longer prompt in place of new tokens; its steps would not."""
+    place.write([{"input_ids": [97] * 10}])
+    path = make_plan(place, "--max-new-tokens", "300")
     capfd.readouterr()
-    place.write([{"input_ids": [97] * 150}, {"input_ids": [98] * 150}])
-    if place.run("--plan", str(plan)) == 1:
-        assert "plan again for this workload" in complaint(capfd)
-    else:
-        assert [len(line["tokens"]) for line in place.lines()] == [NEW, NEW]
+    place.write([{"input_ids": [97] * 150}])
+    assert place.run("--plan", str(path)) == 1
+    message = complaint(capfd)
+    assert "prompts of up to 10 tokens, but the longest has 150" in message
+    assert "plan again for this workload" in message
 
 
 # Bad input.
@@ -494,7 +499,7 @@ def test_full_disk_loses_nothing(
         return write(fd, data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(journal.os, "write", limited)
+        patch.setattr(os, "write", limited)
         assert place.run("--budget", smallest) == 1
     message = complaint(capfd)
     assert "No space left on device" in message
@@ -522,7 +527,7 @@ def test_full_disk_at_the_end_loses_nothing(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr(journal.os, "replace", refuse)
+        patch.setattr(os, "replace", refuse)
         assert place.run() == 1
     assert "4 prompts are finished and kept" in complaint(capfd)
     assert place.run() == 0

@@ -35,7 +35,7 @@ MAY_REFUSE = {"half": {"eager"}, "quarter": {"eager", "model_batch"}}
 # that do not divide, refill, one expert at a time, more workers than sequences, one buffer.
 SCHEDULES: dict[str, Knobs] = {
     "refill": {"seqs": 3, "rows": 2, "attn_tokens": 40, "prefill_tokens": 64, "workers": 2},
-    "one_by_one": {"seqs": 1, "rows": 1, "attn_tokens": 1, "prefill_tokens": 40, "workers": 3},
+    "one_by_one": {"seqs": 1, "rows": 1, "attn_tokens": 1, "prefill_tokens": 1, "workers": 3},
     "odd_tiles": {"seqs": 7, "rows": 3, "attn_tokens": 50, "prefill_tokens": 90, "workers": 2,
                   "expert_rows": 5, "head_rows": 2},
     "many_workers": {"seqs": 10, "rows": 4, "attn_tokens": 99, "prefill_tokens": 400, "workers": 4,
