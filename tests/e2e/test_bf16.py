@@ -64,7 +64,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     model = tiny_model(family, torch.bfloat16)
     tiny = save_tiny(model, tmp_path_factory.mktemp(family))
     assert tiny.captured.graph.dtype == "bfloat16"
-    exact = model_logits(copy.deepcopy(model).to(torch.float32))
+    exact = model_logits(torch.nn.Module.to(copy.deepcopy(model), torch.float32))
     model.set_attn_implementation("eager")
     return Case(tiny, exact, (model_logits(model) - exact).abs().mean(-1))
 
