@@ -241,5 +241,5 @@ def _gate_up(experts: Experts, parts: set[str]) -> list[str]:
 def _linear(experts: Experts, parts: set[str], x: str, part: str) -> str:
     bias = f'w["{part}_bias"]' if f"{part}_bias" in parts else ""
     if experts.transposed:
-        return f'torch.addmm({bias}, {x}, w["{part}"])' if bias else f'{x} @ w["{part}"]'
+        return f'linear({x}, w["{part}"].t(){", " + bias if bias else ""})'
     return f'linear({x}, w["{part}"]{", " + bias if bias else ""})'

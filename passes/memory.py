@@ -23,10 +23,10 @@ from dovetail.passes.cost import is_view
 
 KERNEL_BYTES = 768 << 10
 """Generated code and tables that oneDNN keeps per shape of a 16-bit GEMM (see runtime.linear)."""
-KERNEL_BUCKETS = 6
-"""Buckets of rows that a run is expected to meet per weight shape."""
-RESERVE_FIXED = 256 << 10
-"""Bytes kept back for the allocator, the journal and Python objects of a run."""
+KERNEL_TILES = 7
+"""Numbers of rows that a run meets per weight shape (runtime.linear.SIZES)."""
+RESERVE_FIXED = 1280 << 10
+"""Bytes kept back for the allocator, Python objects, and library code that a run is first to touch."""
 RESERVE_SHARE = 0.05
 """Share of all else kept back for fragmentation."""
 
@@ -80,7 +80,7 @@ def ram_bytes(layout: Layout) -> dict[str, int]:
 
 
 def kernel_bytes(graph: TaskGraph) -> int:
-    """What the GEMM library keeps: generated code for every weight shape and bucket of rows."""
+    """What the GEMM library keeps: generated code for every weight shape and tile size."""
     if ITEMSIZE[graph.dtype] != 2:
         return 0
     bodies = (graph.prologue, *graph.bodies, graph.epilogue)
@@ -91,7 +91,7 @@ def kernel_bytes(graph: TaskGraph) -> int:
         if b.experts and b.experts.experts
         for t in b.experts.experts.tensors
     }
-    return len(weights | experts) * KERNEL_BUCKETS * KERNEL_BYTES
+    return len(weights | experts) * KERNEL_TILES * KERNEL_BYTES
 
 
 def step_tokens(layout: Layout) -> int:

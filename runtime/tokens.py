@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dovetail.ir.batching import expert_shares
 from dovetail.ir.task_graph import Experts
-from dovetail.runtime.linear import bucket
+from dovetail.runtime.linear import tiles
 from dovetail.runtime.pools import Arena, TierBudget
 
 
@@ -85,10 +85,10 @@ class TokenBuffers:
         return Routing(by_expert // spec.top_k, weights, offsets, owner)
 
     def select(self, rows: Tensor) -> Tensor:
-        """The inputs of these tokens; in 16-bit types zero rows follow, up to a whole bucket."""
+        """The inputs of these tokens; in 16-bit types zero rows follow, up to whole tiles."""
         if self.x.dtype.itemsize != 2:
             return self.x.index_select(0, rows)
-        padded = torch.empty((bucket(len(rows)), self._hidden), dtype=self.x.dtype)
+        padded = torch.empty((sum(tiles(len(rows))), self._hidden), dtype=self.x.dtype)
         padded[len(rows) :].zero_()
         torch.index_select(self.x, 0, rows, out=padded[: len(rows)])
         return padded

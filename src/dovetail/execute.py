@@ -22,7 +22,7 @@ from dovetail.runtime.generate import Generator, StepReport
 from dovetail.runtime.safetensors_index import CheckpointIndex
 from dovetail.runtime.sampling import Sampling
 
-LEAST_KEPT, KEPT_SHARE = 64 << 10, 64
+LEAST_KEPT, KEPT_SHARE = 64 << 10, 256
 """malloc keeps free memory of up to a 64th of the budget, between these bytes and ``LARGE_BLOCK``;
 more goes back to the system, so that what is held is what is counted. Keeping more would be
 faster: writing to memory that is new to the process costs several times a write."""

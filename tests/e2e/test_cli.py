@@ -103,7 +103,7 @@ def complaint(capfd: pytest.CaptureFixture[str]) -> str:
     assert captured.out == ""
     assert "Traceback" not in captured.err, captured.err
     message = f"\n{captured.err}".rpartition("\ndovetail: ")[2].strip()
-    assert len(message) > 40
+    assert len(message) > 30
     return message
 
 
