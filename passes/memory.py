@@ -26,7 +26,7 @@ KERNEL_BYTES = 768 << 10
 KERNEL_TILES = 7
 """Numbers of rows that a run meets per weight shape (runtime.linear.SIZES)."""
 RESERVE_FIXED = 1280 << 10
-"""Bytes kept back for the allocator, Python objects, and library code that a run is first to touch."""
+"""Bytes kept back for the allocator, Python objects, and library code first touched in a run."""
 RESERVE_SHARE = 0.05
 """Share of all else kept back for fragmentation."""
 

@@ -104,10 +104,9 @@ def test_end_token_ends_a_sequence_and_frees_its_row(
 
 
 def test_last_token_may_be_the_end_token(tiny: Tiny, greedy: list[tuple[int, ...]]) -> None:
-    last = greedy[0][-1]
-    assert last not in greedy[0][:-1]
-    outcome = run(tiny, PROMPTS[:1], stop=[last])
-    assert outcome.tokens == {0: greedy[0]}
+    index = next(i for i, tokens in enumerate(greedy) if tokens[-1] not in tokens[:-1])
+    outcome = run(tiny, [PROMPTS[index]], stop=[greedy[index][-1]])
+    assert outcome.tokens == {0: greedy[index]}
     assert outcome.reasons == {0: "stop"}
 
 
