@@ -35,9 +35,10 @@ def emit_executor(graph: TaskGraph, program: Program, title: Mapping[str, str]) 
         "import torch",
         "from torch.nn import functional as F",
         "",
-        "from dovetail.runtime.linear import linear",
+        "from dovetail.runtime.linear import TiledLinear",
         "",
         "aten = torch.ops.aten",
+        f"linear = TiledLinear({program.settings.buckets})",
     ]
     bodies = {body.name: body for body in (graph.prologue, *graph.bodies, graph.epilogue)}
     for segment in program.segments:

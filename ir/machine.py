@@ -52,7 +52,8 @@ class Machine:
     ``memory_bandwidth`` is one worker's streaming copy (bytes read plus written). ``op_seconds`` is
     the fixed cost of one framework operator. ``disk`` is bytes/s by read block. ``slowdown`` maps
     ``"a|b"`` to the factor (0 to 1) that engine a's rate keeps while b runs: ``cpu|cpu`` with every
-    worker busy, ``cpu|disk`` and ``disk|cpu``.
+    worker busy, ``cpu|disk`` and ``disk|cpu``, ``cpu|cpu+disk``; ``op|op`` is for the fixed cost of
+    operators when every worker runs them.
     """
 
     name: str

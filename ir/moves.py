@@ -92,12 +92,11 @@ class Fuse:
     tasks: tuple[str, ...]
 
 
-Move = Dispatch | Place | Split | Accumulate | Prefetch | Reorder | Overlap | Fuse
-
-
 @dataclass(frozen=True, slots=True)
-class Schedule:
-    """A task graph (by digest) and the moves applied to it."""
+class Bucket:
+    """Pad the rows of 16-bit matrix products to tiles of these ascending ``sizes``."""
 
-    graph: str
-    moves: tuple[Move, ...]
+    sizes: tuple[int, ...]
+
+
+Move = Dispatch | Place | Split | Accumulate | Prefetch | Reorder | Overlap | Fuse | Bucket

@@ -110,7 +110,8 @@ class Settings:
     """What the executor needs beside the instructions. ``experts_resident[i]`` experts of layer i
     are in ram and ``chunk`` make one streamed load; ``expert_rows`` and ``head_rows`` bound the
     rows of one GEMM; ``step_tokens`` is the most new tokens of a step; ``block`` the bytes of one
-    disk read; ``threads`` the threads of one worker."""
+    disk read; ``threads`` the threads of one worker; ``buckets`` the tile sizes of
+    16-bit products."""
 
     admission: Admission
     experts_resident: tuple[int, ...]
@@ -120,6 +121,7 @@ class Settings:
     step_tokens: int
     block: int
     threads: int
+    buckets: tuple[int, ...]
 
     def chunk_experts(self, layer: int, chunk: int) -> range:
         """The experts of streamed chunk ``chunk``, or the resident ones for -1."""

@@ -9,8 +9,10 @@ from dataclasses import dataclass, replace
 
 from dovetail.ir.batching import Admission
 from dovetail.ir.errors import VerifyError
+from dovetail.ir.gemm_tiles import LADDERS
 from dovetail.ir.moves import (
     Accumulate,
+    Bucket,
     Dispatch,
     Fuse,
     Move,
@@ -33,7 +35,8 @@ SPLITS = ("attention/seqs", "attention/tokens", "experts/experts", "experts/toke
 class Layout:
     """A schedule with every decision resolved. ``experts_resident[i]`` of layer i's experts are in
     ram, ``chunk`` experts make one streamed load; ``rows`` and ``attn_tokens`` bound an attention
-    group, ``expert_rows`` and ``head_rows`` the rows of one expert GEMM and of one head GEMM."""
+    group, ``expert_rows`` and ``head_rows`` the rows of one expert GEMM and of one head GEMM;
+    ``buckets`` are the tile sizes of 16-bit products."""
 
     graph: TaskGraph
     dispatch: Dispatch
@@ -50,6 +53,7 @@ class Layout:
     workers: int
     threads: int
     resident_first: bool
+    buckets: tuple[int, ...]
     fused: dict[str, tuple[tuple[str, ...], ...]]
 
     def chunks(self, layer: int) -> int:
@@ -85,6 +89,7 @@ class Layout:
             step_tokens=tokens,
             block=max((p.block for p in self.prefetch.values()), default=DEFAULT_BLOCK),
             threads=self.threads,
+            buckets=self.buckets,
         )
 
 
@@ -113,6 +118,7 @@ def apply_moves(graph: TaskGraph, moves: Iterable[Move]) -> Layout:
         workers=1,
         threads=1,
         resident_first=False,
+        buckets=LADDERS[0],
         fused={body.name: tuple((t.name,) for t in body.tasks) for body in _bodies(graph)},
     )
     for move in moves:
@@ -151,6 +157,12 @@ def _apply(layout: Layout, move: Move) -> Layout:
         case Overlap():
             _positive(move, workers=move.workers, threads=move.threads)
             return replace(layout, workers=move.workers, threads=move.threads)
+        case Bucket():
+            if not move.sizes or list(move.sizes) != sorted(set(move.sizes)) or move.sizes[0] < 1:
+                raise VerifyError(
+                    f"bucket: sizes must be ascending and positive, found {move.sizes}"
+                )
+            return replace(layout, buckets=move.sizes)
         case Fuse():
             return _fuse(layout, move)
 

@@ -5,14 +5,15 @@ measured curves: a GEMM runs at the rate of its rows, attention at the rate of i
 in decode, of its KV reads, everything else at the speed of memory, plus a fixed cost per operator.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 
 import sympy
 
 from dovetail.ir.errors import PlanError
 from dovetail.ir.expr import Expr, evaluate, to_expr
+from dovetail.ir.gemm_tiles import tiles
 from dovetail.ir.machine import LARGE_BLOCK, Curve, Machine
 from dovetail.ir.task_graph import ITEMSIZE, Arg, Body, Experts, Op, Ref, Task, Value, Weight
 
@@ -121,27 +122,40 @@ def expert_parameters(experts: Experts) -> int:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Workers:
+    """What tasks run on: ``count`` workers in a model of type ``dtype``, whose 16-bit products have
+    tiles of ``buckets`` rows."""
+
+    dtype: str
+    buckets: tuple[int, ...]
+    count: int
+
+
 class Costs:
     """Seconds of tasks on one worker of a machine; results are remembered."""
 
     def __init__(self, machine: Machine) -> None:
         self._machine = machine
         self._ops: dict[tuple[int, str], list[OpCost]] = {}
-        self._known: dict[tuple[int, str, int, int, int], float] = {}
-
-    @cached_property
-    def _view_seconds(self) -> float:
-        return self._machine.op_seconds / 2
+        self._known: dict[tuple[int, str, Workers, int, int, int], float] = {}
 
     def task_seconds(
-        self, task: Task, body: Body, dtype: str, *, seqs: int, q_len: int, past: int
+        self,
+        task: Task,
+        body: Body,
+        workers: Workers,
+        *,
+        seqs: int,
+        q_len: int,
+        past: int,
     ) -> float:
         """Seconds of a task that is not routed experts, for one group."""
-        key = (id(body), task.name, seqs, q_len, past)
+        key = (id(body), task.name, workers, seqs, q_len, past)
         if key not in self._known:
             dims = {"seqs": seqs, "q_len": q_len, "past": past}
             costs = self._task_costs(task, body)
-            self._known[key] = sum(self._op_seconds(cost, dtype, dims) for cost in costs)
+            self._known[key] = sum(self._op_seconds(cost, workers, dims) for cost in costs)
         return self._known[key]
 
     def _task_costs(self, task: Task, body: Body) -> list[OpCost]:
@@ -151,11 +165,11 @@ class Costs:
             self._ops[key] = [op_cost(op, body.values, weights) for op in task.ops]
         return self._ops[key]
 
-    def _op_seconds(self, cost: OpCost, dtype: str, dims: dict[str, int]) -> float:
-        machine = self._machine
+    def _op_seconds(self, cost: OpCost, workers: Workers, dims: dict[str, int]) -> float:
+        machine, dtype = self._machine, workers.dtype
+        fixed = self._fixed_seconds(workers)
         if cost.kind == "view":
-            return self._view_seconds
-        fixed = machine.op_seconds
+            return fixed / 2
         made = evaluate(cost.made, **dims)
         if made >= LARGE_BLOCK and machine.fresh_bandwidth:
             fixed += made / machine.fresh_bandwidth
@@ -164,11 +178,24 @@ class Costs:
             return fixed + nbytes / machine.memory_bandwidth
         flops = evaluate(cost.flops, **dims)
         if cost.kind == "gemm":
-            return fixed + flops / self.curve("gemm", dtype).at(evaluate(cost.rows, **dims))
+            return fixed + self.gemm_seconds(flops, evaluate(cost.rows, **dims), workers)
         if dims["q_len"] == 1:
             one = nbytes / dims["seqs"]
             return fixed + nbytes / self.curve("kv_bandwidth", dtype).at(max(one, 1.0))
         return fixed + flops / self.curve("attention", dtype).at(dims["q_len"])
+
+    def _fixed_seconds(self, workers: Workers) -> float:
+        """Of one operator: with several workers, each waits for its turn in the interpreter."""
+        keeps = self._machine.keeps("op", "op") if workers.count > 1 else 1.0
+        return self._machine.op_seconds / keeps
+
+    def gemm_seconds(self, flops: float, rows: float, workers: Workers) -> float:
+        """Seconds of a product of ``rows`` rows, padded to tiles where the type has 16 bits."""
+        curve = self.curve("gemm", workers.dtype)
+        if ITEMSIZE[workers.dtype] != 2:
+            return flops / curve.at(rows)
+        sizes = tiles(math.ceil(rows), workers.buckets)
+        return sum(size / curve.at(size) for size in sizes) * flops / rows
 
     def curve(self, name: str, dtype: str) -> Curve:
         """The machine's curve ``name`` for ``dtype``; raises PlanError if it was not measured."""
@@ -180,13 +207,27 @@ class Costs:
             )
         return curves[dtype]
 
-    def expert_seconds(self, experts: Experts, dtype: str, rows: float, tile: int) -> float:
-        """Seconds of one expert over ``rows`` tokens in GEMMs of at most ``tile`` rows."""
+    def expert_seconds(self, experts: Experts, workers: Workers, rows: float, tile: int) -> float:
+        """Mean seconds of one expert that ``rows`` tokens choose on average, each on its own, in
+        GEMMs of at most ``tile`` rows."""
         if rows <= 0:
             return 0.0
-        item = ITEMSIZE[dtype]
+        spread = math.sqrt(rows)
+        weights = {rows - spread: 0.25, rows: 0.5, rows + spread: 0.25}
+        return sum(
+            weight * self._expert_seconds(experts, workers, max(1.0, n), tile)
+            for n, weight in weights.items()
+        )
+
+    def _expert_seconds(self, experts: Experts, workers: Workers, rows: float, tile: int) -> float:
+        item = ITEMSIZE[workers.dtype]
         flops = 2 * rows * expert_parameters(experts)
         moved = rows * (4 * experts.hidden + 6 * experts.intermediate) * item
-        ops = 12 * self._machine.op_seconds * max(1.0, rows / tile)
-        rate = self.curve("gemm", dtype).at(min(rows, tile))
-        return flops / rate + moved / self._machine.memory_bandwidth + ops
+        ops = 12 * self._fixed_seconds(workers) * max(1.0, rows / tile)
+        whole, rest = divmod(rows, tile)
+        gemm = sum(
+            count * self.gemm_seconds(flops * n / rows, n, workers)
+            for count, n in ((whole, tile), (1, rest))
+            if count and n
+        )
+        return gemm + moved / self._machine.memory_bandwidth + ops

@@ -7,7 +7,7 @@ from dovetail.ir.machine import Machine
 from dovetail.ir.placement import dense_weights, experts_of, head_weights
 from dovetail.ir.program import Load, Program, Run, Segment
 from dovetail.passes.apply_moves import Layout
-from dovetail.passes.cost import Costs
+from dovetail.passes.cost import Costs, Workers
 from dovetail.passes.lower import segment_body
 
 ROW_READ_SECONDS = 1e-4
@@ -22,6 +22,7 @@ class Durations:
     def __init__(self, layout: Layout, program: Program, machine: Machine, costs: Costs) -> None:
         self._layout, self._program = layout, program
         self._machine, self._costs = machine, costs
+        self._workers = Workers(layout.graph.dtype, layout.buckets, layout.workers)
         self._segments = {segment.name: segment for segment in program.segments}
         self._bodies = {s.name: segment_body(layout.graph, s) for s in program.segments}
         busy = machine.keeps("cpu", "cpu") if layout.workers > 1 else 1.0
@@ -41,6 +42,9 @@ class Durations:
     def contend(self, cpu_busy: float, disk_busy: float) -> None:
         """Slow compute and disk by the share of the step in which the other is busy."""
         cpu_keeps = self._machine.keeps("cpu", "disk")
+        if self._layout.workers > 1:
+            both = self._machine.keeps("cpu", "cpu+disk") / self._machine.keeps("cpu", "cpu")
+            cpu_keeps = min(cpu_keeps, both)
         disk_keeps = self._machine.keeps("disk", "cpu")
         self.speed["cpu"] *= 1 - (1 - cpu_keeps) * disk_busy
         self.speed["disk"] *= 1 - (1 - disk_keeps) * cpu_busy
@@ -103,7 +107,7 @@ class Durations:
             self._costs.task_seconds(
                 task,
                 body,
-                self._layout.graph.dtype,
+                self._workers,
                 seqs=len(group.members),
                 q_len=group.q_len,
                 past=past,
@@ -118,7 +122,12 @@ class Durations:
         tiles = -(-seqs // layout.head_rows)
         return tiles * sum(
             self._costs.task_seconds(
-                task, body, layout.graph.dtype, seqs=-(-seqs // tiles), q_len=1, past=0
+                task,
+                body,
+                self._workers,
+                seqs=-(-seqs // tiles),
+                q_len=1,
+                past=0,
             )
             for task in body.tasks
             if task.name in segment.tasks
@@ -133,7 +142,7 @@ class Durations:
         hit = 1 - (1 - experts.top_k / experts.count) ** tokens
         rows = tokens * experts.top_k / (experts.count * hit)
         count = len(self._program.settings.chunk_experts(run.layer, run.chunk)) * hit
-        one = self._costs.expert_seconds(experts, layout.graph.dtype, rows, layout.expert_rows)
+        one = self._costs.expert_seconds(experts, self._workers, rows, layout.expert_rows)
         return count * one / layout.workers
 
 

@@ -6,7 +6,7 @@ by walking each segment's operators and keeping the most that is alive at once.
 
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from dovetail.ir.expr import Expr, evaluate
 from dovetail.ir.placement import (
@@ -22,9 +22,7 @@ from dovetail.passes.apply_moves import Layout
 from dovetail.passes.cost import is_view
 
 KERNEL_BYTES = 768 << 10
-"""Generated code and tables that oneDNN keeps per shape of a 16-bit GEMM (see runtime.linear)."""
-KERNEL_TILES = 7
-"""Numbers of rows that a run meets per weight shape (runtime.linear.SIZES)."""
+"""Generated code and tables that oneDNN keeps per shape of a 16-bit GEMM (see ir.gemm_tiles)."""
 RESERVE_FIXED = 1280 << 10
 """Bytes kept back for the allocator, Python objects, and library code first touched in a run."""
 RESERVE_SHARE = 0.05
@@ -73,13 +71,13 @@ def ram_bytes(layout: Layout) -> dict[str, int]:
         "kv": layout.dispatch.kv_tokens * layout.graph.kv_bytes_per_token,
         "tokens": token_buffer_bytes(layout),
         "activations": activation_bytes(layout),
-        "kernels": kernel_bytes(layout.graph),
+        "kernels": kernel_bytes(layout.graph, layout.buckets),
     }
     parts["reserve"] = RESERVE_FIXED + int(RESERVE_SHARE * sum(parts.values()))
     return parts
 
 
-def kernel_bytes(graph: TaskGraph) -> int:
+def kernel_bytes(graph: TaskGraph, buckets: Sequence[int]) -> int:
     """What the GEMM library keeps: generated code for every weight shape and tile size."""
     if ITEMSIZE[graph.dtype] != 2:
         return 0
@@ -91,7 +89,7 @@ def kernel_bytes(graph: TaskGraph) -> int:
         if b.experts and b.experts.experts
         for t in b.experts.experts.tensors
     }
-    return len(weights | experts) * KERNEL_TILES * KERNEL_BYTES
+    return len(weights | experts) * len(buckets) * KERNEL_BYTES
 
 
 def step_tokens(layout: Layout) -> int:

@@ -16,16 +16,17 @@ from dovetail.runtime import calibrate_compute as compute
 from dovetail.runtime import calibrate_host as host
 from dovetail.runtime.calibrate_disk import RegionReader, late_rate, readable_files
 from dovetail.runtime.calibrate_spec import Spec
-from dovetail.runtime.calibrate_together import run_together
+from dovetail.runtime.calibrate_together import products, run_together
 
-PROTOCOL = 3
+PROTOCOL = 4
 """Raised when figures of an older calibration can no longer be compared with new ones."""
 
 PROCESS_BYTES = 4 << 20
 """What runs of all sizes were seen to hold beside their pools, rounded up."""
 
-LARGEST_BLOCK, OTHER_BLOCKS, TOGETHER, ONE_WORKER = 0.16, 0.10, 0.24, 0.5
-"""Shares of the time: disk by the largest block, by the others, slowdowns, one worker's rates."""
+LARGEST_BLOCK, OTHER_BLOCKS, TOGETHER, ONE_WORKER, OPS = 0.16, 0.10, 0.24, 0.45, 0.05
+"""Shares of the time: disk by the largest block, by the others, slowdowns, one worker's rates, and
+small operators on all workers."""
 
 Progress = Callable[[str, float], None]
 """Called with what is measured next and the share (0 to 1) of the time that is used."""
@@ -47,8 +48,8 @@ def calibrate(
     libraries are read if they are on the disk of the folder ``scratch``, else a scratch file
     there; ``scratch`` also says how much disk is free. The slowdowns and ``op_seconds`` are those
     of the first dtype. ``slowdown`` also has ``cpu|cpu+disk``: one worker while all others and
-    the reader run. Raises InputError for a dtype that torch lacks, a missing file or folder, and a
-    full disk.
+    the reader run, and ``op|op``: small operators with every worker busy. Raises InputError for a
+    dtype that torch lacks, a missing file or folder, and a full disk.
     """
     kinds = {name: _dtype(name) for name in dtypes}
     _check_inputs(checkpoint_files, scratch, kinds, seconds)
@@ -63,6 +64,8 @@ def calibrate(
             device = host.disk_device(files[0])
             disk, slowdown = _disk_and_slowdown(reader, spec, kinds[dtypes[0]], step)
         rates = _one_worker(spec, kinds, step)
+        slowdown |= {"op|op": _op_keeps(kinds[dtypes[0]], step)}
+        fresh = compute.fresh_rate(min(spec.fresh_bytes, host.memory_bytes() // 4))
         step("done", 0.0)
     return Machine(
         name=host.machine_name(),
@@ -74,7 +77,7 @@ def calibrate(
         memory_bandwidth=rates.memory_bandwidth,
         op_seconds=rates.op_seconds,
         disk=disk,
-        fresh_bandwidth=compute.fresh_rate(max(_cold_bytes(spec), 1 << 20)),
+        fresh_bandwidth=fresh,
         slowdown=slowdown,
         process_bytes=PROCESS_BYTES,
         silicon=host.silicon() | host.software() | {"disk": device},
@@ -83,7 +86,7 @@ def calibrate(
 
 def _disk_and_slowdown(
     reader: RegionReader, spec: Spec, dtype: torch.dtype, step: Step
-) -> tuple[Curve, Mapping[str, float]]:
+) -> tuple[Curve, dict[str, float]]:
     """The disk's curve, and what each engine keeps of its rate beside the others.
 
     All that reads comes in one run without a pause, largest block first: a pause would refill
@@ -95,9 +98,7 @@ def _disk_and_slowdown(
 
     def together(what: str, count: int, reads: bool, share: float) -> tuple[float, float]:
         return run_together(
-            weights,
-            spec.shared_rows,
-            count,
+            products(weights, spec.shared_rows, count),
             step(what, share),
             (reader, block) if reads else None,
         )
@@ -170,6 +171,15 @@ def _one_worker(spec: Spec, kinds: Mapping[str, torch.dtype], step: Step) -> _Ra
         copy = measure("memory copy", compute.copy_rate, cold)
         op = measure("small operators", compute.op_seconds, next(iter(kinds.values())))
     return _Rates(gemm, attention, kv, copy, op)
+
+
+def _op_keeps(dtype: torch.dtype, step: Step) -> float:
+    """The share of its rate of small operators that a worker keeps when all run them: each takes
+    its turn in the interpreter."""
+    chain, workers = compute.op_chain(dtype), host.workers()
+    one, _ = run_together([chain], step("small operators, one worker", OPS / 2))
+    every, _ = run_together([chain] * workers, step("small operators, all workers", OPS / 2))
+    return min(1.0, every / one)
 
 
 def _curve(rates: Mapping[int, float]) -> Curve:

@@ -132,8 +132,11 @@ def fresh_rate(nbytes: int) -> float:
         return nbytes / (time.perf_counter() - begin)
 
 
-def op_seconds(dtype: torch.dtype, budget: float) -> float:
-    """Mean seconds of one operator in a chain of view, add, mul and linear on ``[1, 64]``."""
+OPS_OF_CHAIN = 8 * 5
+
+
+def op_chain(dtype: torch.dtype) -> Callable[[int], object]:
+    """Eight times view, add, mul, view and linear on ``[1, 64]``."""
     x = torch.ones(1, 64, dtype=dtype)
     weight = torch.full((64, 64), 1 / 64, dtype=dtype)
 
@@ -145,5 +148,10 @@ def op_seconds(dtype: torch.dtype, budget: float) -> float:
             y = aten.linear.default(aten.view.default(flat, [1, 64]), weight)
         return y
 
+    return chain
+
+
+def op_seconds(dtype: torch.dtype, budget: float) -> float:
+    """Mean seconds of one operator in ``op_chain``."""
     with torch.inference_mode():
-        return best_seconds(chain, 64, budget) / (8 * 5)
+        return best_seconds(op_chain(dtype), 64, budget) / OPS_OF_CHAIN

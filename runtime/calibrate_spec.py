@@ -21,5 +21,7 @@ class Spec:
     cold_bytes: int | None = None
     """So much is touched before an operand is used again; None: three times the last cache."""
     disk_blocks: tuple[int, ...] = (128 * KIB, 1 * MIB, 4 * MIB, 8 * MIB)
+    fresh_bytes: int = 1024 * MIB
+    """So much new memory is touched; a quarter of what is free at most."""
     scratch_bytes: int = 256 * MIB
     """Checkpoints smaller than this are not read; where nothing else is, a file of this size."""

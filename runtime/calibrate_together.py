@@ -4,7 +4,7 @@ import bisect
 import itertools
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -18,23 +18,21 @@ WINDOWS = 32
 
 
 def run_together(
-    weights: Sequence[Tensor],
-    rows: int,
-    workers: int,
+    calls: Sequence[Callable[[int], object]],
     seconds: float,
     reader: tuple[RegionReader, int] | None = None,
 ) -> tuple[float, float]:
     """Calls/s of one worker and the reader's bytes/s (0 if none) when all run for ``seconds``.
 
-    The workers multiply ``rows`` rows with one weight a call; ``reader`` comes with its block
-    size. Each worker cycles through its own share of ``weights``. Wall-clock time, unlike in
-    ``calibrate_compute``: what a thread loses by waiting for a core is what is measured here.
+    Each worker has a function of its own in ``calls`` and counts up its argument; ``reader`` comes
+    with its block size. Wall-clock time, unlike in ``calibrate_compute``: what a thread loses by
+    waiting for a core or for the interpreter is what is measured here.
     """
     stop = threading.Event()
-    with ThreadPoolExecutor(workers + 1) as pool:
+    with ThreadPoolExecutor(len(calls) + 1) as pool:
         try:
             disk = pool.submit(reader[0].read, reader[1], seconds, stop) if reader else None
-            jobs = [pool.submit(_compute, weights[i::workers], rows, stop) for i in range(workers)]
+            jobs = [pool.submit(_repeat, call, stop) for call in calls]
             stop.wait(seconds)
         finally:
             stop.set()
@@ -42,14 +40,23 @@ def run_together(
         return best_window(ends), late_rate(disk.result()) if disk else 0.0
 
 
-def _compute(weights: Sequence[Tensor], rows: int, stop: threading.Event) -> list[float]:
+def products(weights: Sequence[Tensor], rows: int, workers: int) -> list[Callable[[int], object]]:
+    """For each worker a function that multiplies ``rows`` rows with one of its own weights."""
+    x = torch.ones(rows, weights[0].shape[1], dtype=weights[0].dtype)
+
+    def worker(mine: Sequence[Tensor]) -> Callable[[int], object]:
+        return lambda i: F.linear(x, mine[i % len(mine)])
+
+    return [worker(weights[i::workers]) for i in range(workers)]
+
+
+def _repeat(call: Callable[[int], object], stop: threading.Event) -> list[float]:
     """Moments at which calls ended, the warm-up call first."""
     torch.set_num_threads(1)
-    x = torch.ones(rows, weights[0].shape[1], dtype=weights[0].dtype)
     ends: list[float] = []
     with torch.inference_mode():
         while len(ends) < 3 or not stop.is_set():
-            F.linear(x, weights[len(ends) % len(weights)])
+            call(len(ends))
             ends.append(time.perf_counter())
     return ends
 

@@ -109,7 +109,12 @@ class Runtime:
         specs = [spec for i in layers if (spec := experts_of(graph, i))]
         if specs:
             self._tokens = TokenBuffers(
-                specs, settings.step_tokens, self._workers, self._dtype, self.budget
+                specs,
+                settings.step_tokens,
+                self._workers,
+                self._dtype,
+                self.budget,
+                settings.buckets,
             )
             self._pools.append(self._tokens)
         widest = max((w.nbytes // w.shape[0] for w in embed_weights(graph)), default=0)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from dovetail.ir.batching import expert_shares
+from dovetail.ir.gemm_tiles import LADDERS, tiles
 from dovetail.ir.task_graph import Experts
-from dovetail.runtime.linear import tiles
 from dovetail.runtime.pools import Arena, TierBudget
 
 
@@ -41,7 +41,9 @@ class TokenBuffers:
         workers: int,
         dtype: torch.dtype,
         budget: TierBudget,
+        buckets: tuple[int, ...] = LADDERS[0],
     ) -> None:
+        self._buckets = buckets
         self._hidden = max(spec.hidden for spec in specs)
         self._top_k = max(spec.top_k for spec in specs)
         self._workers = workers
@@ -88,7 +90,9 @@ class TokenBuffers:
         """The inputs of these tokens; in 16-bit types zero rows follow, up to whole tiles."""
         if self.x.dtype.itemsize != 2:
             return self.x.index_select(0, rows)
-        padded = torch.empty((sum(tiles(len(rows))), self._hidden), dtype=self.x.dtype)
+        padded = torch.empty(
+            (sum(tiles(len(rows), self._buckets)), self._hidden), dtype=self.x.dtype
+        )
         padded[len(rows) :].zero_()
         torch.index_select(self.x, 0, rows, out=padded[: len(rows)])
         return padded

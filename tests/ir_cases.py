@@ -41,7 +41,7 @@ def schedule(
     embed and head in ram."""
     moves: list[Move] = [
         Dispatch(seqs=8, kv_tokens=256, prefill_tokens=64, longest=32, refill=True),
-        *base_moves(graph),
+        *base_moves(graph, 1 << 30),
         Split("attention", "seqs", 4),
         Split("experts", "experts", chunk),
         *prefetch_moves(slots, 2),

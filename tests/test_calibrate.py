@@ -16,9 +16,10 @@ from dovetail.runtime.calibrate import calibrate
 from dovetail.runtime.calibrate_compute import best_seconds, cold_weights
 from dovetail.runtime.calibrate_disk import RegionReader, late_rate, readable_files
 from dovetail.runtime.calibrate_spec import Spec
-from dovetail.runtime.calibrate_together import best_window, run_together
+from dovetail.runtime.calibrate_together import best_window, products, run_together
 
 TINY = Spec(
+    fresh_bytes=1 << 20,
     gemm_rows=(1, 4),
     gemm_width=32,
     shared_rows=2,
@@ -175,7 +176,7 @@ def test_run_together_ends_when_a_worker_fails() -> None:
     weights = cold_weights(TINY, torch.float32, 1)
     weights[1] = torch.ones(1, 5)
     with pytest.raises(RuntimeError, match="shape"):
-        run_together([weights[0], weights[1], weights[0], torch.ones(3, 7)], 2, 2, 0.01)
+        run_together(products([weights[0], weights[1], weights[0], torch.ones(3, 7)], 2, 2), 0.01)
 
 
 def test_cold_weights_fill_more_than_the_cache() -> None:

@@ -4,16 +4,20 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from dovetail.ir.batching import row_tokens
+from dovetail.ir.gemm_tiles import LADDERS
 from dovetail.ir.machine import Machine
-from dovetail.ir.moves import Accumulate, Fuse, Move, Place, Prefetch
+from dovetail.ir.moves import Accumulate, Bucket, Fuse, Move, Place, Prefetch
 from dovetail.ir.placement import experts_of
-from dovetail.ir.task_graph import Body, TaskGraph
+from dovetail.ir.task_graph import ITEMSIZE, Body, TaskGraph
 from dovetail.ir.workload import Workload
+from dovetail.passes.memory import kernel_bytes
 
 Knobs = Mapping[str, int | bool]
 Ladders = Mapping[str, tuple[int | bool, ...]]
 BLOCK = 8 << 20
 """Bytes of one disk read."""
+KERNEL_SHARE = 1 / 48
+"""Share of the budget that the GEMM library's generated code may take."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,9 +75,17 @@ def _runs(body: Body) -> Iterator[tuple[str, ...]]:
     yield tuple(run)
 
 
-def base_moves(graph: TaskGraph) -> list[Move]:
-    """Fused segments, and experts over all groups' tokens at once."""
-    return [*fuse_moves(graph), Accumulate("experts", "tokens")]
+def base_moves(graph: TaskGraph, budget: int) -> list[Move]:
+    """Fused segments, experts over all groups' tokens at once, and tiles of 16-bit products."""
+    return [*fuse_moves(graph), Accumulate("experts", "tokens"), *bucket_moves(graph, budget)]
+
+
+def bucket_moves(graph: TaskGraph, budget: int) -> list[Move]:
+    """The finest tiles whose generated code fits its share of the budget, else the coarsest."""
+    if ITEMSIZE[graph.dtype] != 2:
+        return []
+    fits = [s for s in LADDERS if kernel_bytes(graph, s) <= budget * KERNEL_SHARE]
+    return [Bucket((fits or LADDERS[-1:])[0])]
 
 
 def place_all(setting: Setting) -> list[Move]:

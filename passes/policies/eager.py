@@ -28,7 +28,7 @@ def moves(setting: Setting, knobs: Knobs) -> tuple[Move, ...]:
             longest=setting.workload.longest,
             refill=False,
         ),
-        *base_moves(setting.graph),
+        *base_moves(setting.graph, setting.budget),
         Split("attention", "seqs", int(equal["rows"])),
         Split("attention", "tokens", int(equal["attn_tokens"])),
         *place_all(setting),

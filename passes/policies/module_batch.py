@@ -171,7 +171,7 @@ def moves(setting: Setting, knobs: Knobs) -> tuple[Move, ...] | None:
             setting.workload.longest,
             refill=bool(knobs.get("refill", True)),
         ),
-        *base_moves(setting.graph),
+        *base_moves(setting.graph, setting.budget),
         Split("attention", "seqs", rows),
         Split("attention", "tokens", int(knobs["attn_tokens"])),
         Split("experts", "experts", int(knobs["chunk"])),

@@ -17,6 +17,7 @@ SLOWDOWNS = {
     "cpu|disk": "compute, while the disk is read",
     "disk|cpu": "disk, with all workers busy",
     "cpu|cpu+disk": "compute, with all workers busy and the disk read",
+    "op|op": "small operators, with all workers busy",
 }
 
 
