@@ -42,6 +42,28 @@ class Curve:
 
 
 @dataclass(frozen=True, slots=True)
+class Accelerator:
+    """GPUs of one kind as the cost model sees each of them. Rates are per second, sizes in bytes.
+
+    ``gemm[dtype]`` is FLOP/s of ``rows x K @ K x N`` with large K and N, by rows, as if weights
+    cost nothing to read; ``attention[dtype]`` is FLOP/s of prefill attention by query length.
+    ``hbm_bandwidth`` is what reading weights and KV reaches; ``op_seconds`` the launch of a kernel.
+    ``h2d`` and ``d2h`` are bytes/s between pinned host memory and one GPU by block; ``peer_bandwidth``
+    is bytes/s between two GPUs, one way (0: no link). The tier ``hbm`` holds one GPU's memory.
+    """
+
+    name: str
+    count: int
+    gemm: Mapping[str, Curve]
+    attention: Mapping[str, Curve]
+    hbm_bandwidth: float
+    op_seconds: float
+    h2d: Curve
+    d2h: Curve
+    peer_bandwidth: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class Machine:
     """A machine as the cost model sees it. All rates are per second, all sizes in bytes.
 
@@ -68,6 +90,8 @@ class Machine:
     slowdown: Mapping[str, float]
     fresh_bandwidth: float = 0.0
     """Bytes/s at which one thread touches memory that the system has yet to give; 0: not known."""
+    accelerator: Accelerator | None = None
+    """GPUs beside the processor, if there are any; then ``tiers`` has ``hbm``."""
     process_bytes: int = 0
     """Memory that a run takes beside its pools: allocator slack, library code, Python objects."""
     silicon: Mapping[str, str] = field(default_factory=dict)
