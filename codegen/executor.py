@@ -54,19 +54,20 @@ def emit_executor(graph: TaskGraph, program: Program, title: Mapping[str, str]) 
     return "\n".join(lines) + "\n"
 
 
-def engine_function(engine: str) -> str:
-    """The emitted function that runs an engine: ``cpu`` for cpu0, cpu1, …"""
-    return engine.rstrip("0123456789")
+def engine_function(engine: str, program: Program) -> str:
+    """The emitted function that runs an engine: ``cpu`` for cpu0, cpu1, …, which do the same; of
+    several disk engines each has its own part of the loads, and so a function of its own name."""
+    kind = engine.rstrip("0123456789")
+    alike = {items for name, items in program.engines.items() if name.startswith(kind)}
+    return kind if len(alike) == 1 else engine
 
 
 def _same_engines(program: Program) -> Iterable[tuple[list[str], tuple[Instruction, ...]]]:
     groups: dict[str, list[str]] = {}
     for name in program.engines:
-        groups.setdefault(engine_function(name), []).append(name)
+        groups.setdefault(engine_function(name, program), []).append(name)
     for names in groups.values():
-        first = program.engines[names[0]]
-        assert all(program.engines[name] == first for name in names)
-        yield names, first
+        yield names, program.engines[names[0]]
 
 
 def _emit_engine(
@@ -75,14 +76,14 @@ def _emit_engine(
     program: Program,
     bodies: Mapping[str, Body],
 ) -> list[str]:
-    kind = engine_function(names[0])
-    what = "Compute workers" if kind == "cpu" else "Disk reader"
+    name = engine_function(names[0], program)
+    what = "Compute workers" if name == "cpu" else "Disk reader"
     lines = [
-        f"def {kind}(m, worker):",
+        f"def {name}(m, worker):",
         f'    """{what}: what {", ".join(names)} does, step after step."""',
         "    for _ in m.steps(worker):",
     ]
-    emitter = _Emitter(program)
+    emitter = _Emitter(program, "" if name in ("cpu", "disk") else f', "{name}"')
     emitter.block(instructions, 2, layer="0", chunk="0", in_layers=False)
     return lines + (emitter.lines or ["        pass"])
 
@@ -96,11 +97,11 @@ _MEETINGS = {
 
 
 class _Emitter:
-    """Instruction lists as indented lines."""
+    """Instruction lists as indented lines; ``loader`` is a last argument of what concerns loads."""
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, loader: str) -> None:
         self.lines: list[str] = []
-        self._program = program
+        self._program, self._loader = program, loader
 
     def block(
         self,
@@ -138,14 +139,14 @@ class _Emitter:
     def _one(self, item: Instruction, layer: str, chunk: str) -> str:
         match item:
             case Wait("room", name):
-                return f'm.wait_room("{name}")'
+                return f'm.wait_room("{name}"{self._loader})'
             case Wait("ready", name):
                 return f'm.wait_ready(worker, "{name}")'
             case Signal("ready", name):
-                return f'm.signal_ready("{name}")'
+                return f'm.signal_ready("{name}"{self._loader})'
             case Load(ring, at, part):
                 place = f'"{ring}", {_plus(layer, at)}, {_plus(chunk, part)}'
-                return f"m.load({place})"
+                return f"m.load({place}{self._loader})"
             case Free(ring, _, _):
                 return f'm.free(worker, "{ring}")'
             case Run():

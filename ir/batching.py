@@ -2,7 +2,8 @@
 
 The simulator and the runtime drive the same ``Batcher``, so the planner's steps are the executor's
 steps whenever no sequence stops early. Longest prompts go first: a row that becomes free then fits
-every prompt still waiting.
+every prompt still waiting. A prompt may go through the model in pieces, one a step, beside the
+sequences that decode (chunked prefill, Sarathi-Serve, arXiv 2403.02310).
 
 A **cohort** is a block of ``rows`` rows of the KV store with one capacity, laid out back to back,
 so that the rows of a decode group can be read as one strided view. A **group** is what one
@@ -12,6 +13,7 @@ attention task runs over: sequences of one cohort, all in prefill or all in deco
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +21,8 @@ class Admission:
     """How sequences enter. ``seqs`` bounds those in flight, ``kv_tokens`` the KV store, ``rows``
     the sequences of a group, ``attn_tokens`` the padded tokens of a prefill group and
     ``prefill_tokens`` those of a step (a single sequence may exceed both). Without ``refill`` a
-    wave is finished before the next one starts."""
+    wave is finished before the next one starts. ``chunk_tokens`` bounds the piece of a prompt that
+    one step takes (0: the whole prompt)."""
 
     seqs: int
     kv_tokens: int
@@ -27,6 +30,11 @@ class Admission:
     attn_tokens: int
     prefill_tokens: int
     refill: bool = True
+    chunk_tokens: int = 0
+
+    def piece(self, tokens: int) -> int:
+        """How many of the ``tokens`` that are left of a prompt its next step takes."""
+        return min(tokens, self.chunk_tokens or tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +60,10 @@ class Member:
 class Group:
     """Sequences that one attention task runs over.
 
-    In prefill ``held`` is 0 and row i has ``lengths[i]`` new tokens, padded on the right to
-    ``q_len``; in decode every row has one. ``stride`` is the distance of neighbouring rows.
+    In prefill row i has ``lengths[i]`` new tokens, padded on the right to ``q_len``, and holds the
+    pieces of its prompt that went before; in decode every row has one new token. ``stride`` is the
+    distance of neighbouring rows. Rows in ``unfinished`` get no token: more of their prompt follows
+    in a later step.
     """
 
     prefill: bool
@@ -61,6 +71,12 @@ class Group:
     lengths: tuple[int, ...]
     q_len: int
     stride: int
+    unfinished: tuple[int, ...] = ()
+
+    @property
+    def receivers(self) -> tuple[int, ...]:
+        """The rows that get a token in this step."""
+        return tuple(row for row in range(len(self.members)) if row not in self.unfinished)
 
     @property
     def past(self) -> int:
@@ -87,7 +103,12 @@ class Step:
     @property
     def seqs(self) -> int:
         """Sequences that get a token in this step."""
-        return sum(len(group.members) for group in self.groups)
+        return sum(len(group.members) - len(group.unfinished) for group in self.groups)
+
+    @property
+    def receivers(self) -> tuple[int, ...]:
+        """The indices of the sequences that get a token, group by group."""
+        return tuple(g.members[row].index for g in self.groups for row in g.receivers)
 
 
 @dataclass(slots=True)
@@ -96,6 +117,11 @@ class _Live:
     row: int
     held: int = 0
     made: int = 0
+
+    @property
+    def left(self) -> int:
+        """Tokens of its prompt that no step has taken yet."""
+        return max(0, self.request.length - self.held)
 
 
 @dataclass(slots=True)
@@ -172,14 +198,13 @@ class Batcher:
         """Account for a finished step; returns the indices that leave, ``stopped`` or at their
         length."""
         ended = set(stopped)
-        members = {member.index for group in step.groups for member in group.members}
+        new = {m.index: n for g in step.groups for m, n in zip(g.members, g.lengths, strict=True)}
+        received = set(step.receivers)
         left = []
         for cohort in self._cohorts:
             for row, seq in list(cohort.live.items()):
-                if seq.request.index not in members:
-                    continue
-                seq.held += 1 if seq.made else seq.request.length
-                seq.made += 1
+                seq.held += new.get(seq.request.index, 0)
+                seq.made += seq.request.index in received
                 if seq.request.index in ended or seq.made >= seq.request.new_tokens:
                     del cohort.live[row]
                     left.append(seq.request.index)
@@ -189,66 +214,80 @@ class Batcher:
         return tuple(left)
 
     def _admit(self) -> None:
-        tokens = self._admission.prefill_tokens
+        live = (seq for cohort in self._cohorts for seq in cohort.live.values())
+        pieces = sum(self._admission.piece(seq.left) for seq in live)
+        tokens = self._admission.prefill_tokens - pieces
         for cohort in self._cohorts:
             for row in cohort.free_rows():
                 if not self._waiting or self.in_flight >= self._admission.seqs:
                     return
-                if self._waiting[0].length > tokens and self.in_flight:
+                piece = self._admission.piece(self._waiting[0].length)
+                if piece > tokens and self.in_flight:
                     return
-                request = self._waiting.popleft()
-                tokens -= request.length
-                cohort.live[row] = _Live(request, row)
+                tokens -= piece
+                cohort.live[row] = _Live(self._waiting.popleft(), row)
         while self._waiting:
-            rows = self._cohort_rows(tokens)
-            if not rows:
+            rows, filled = self._cohort_rows(tokens)
+            if not filled:
                 return
-            tokens -= self._open_cohort(rows)
+            tokens -= self._open_cohort(rows, filled)
 
-    def _cohort_rows(self, tokens: int) -> int:
-        """How many rows the next cohort can have."""
+    def _cohort_rows(self, tokens: int) -> tuple[int, int]:
+        """How many rows the next cohort can have, and how many get a prompt at once.
+
+        Prompts that come in pieces begin a few at a time; the rows of those that follow are kept
+        beside them, since decoding is fastest over many neighbouring rows."""
         first = self._waiting[0]
-        stride = row_tokens(first.length, first.new_tokens)
-        by_tokens = max(0, tokens) // first.length
-        if not self.in_flight:
-            by_tokens = max(1, by_tokens)
-        return min(
+        rows = min(
             self._admission.rows,
             len(self._waiting),
             self._admission.seqs - self.in_flight,
-            self._space.largest() // stride,
-            by_tokens,
+            self._space.largest() // row_tokens(first.length, first.new_tokens),
         )
+        # The first needs the largest row; a longer prompt may follow where fewer tokens are wanted.
+        longest = max((r.length for r in islice(self._waiting, rows)), default=1)
+        piece = self._admission.piece(longest)
+        by_tokens = max(0, tokens) // piece
+        if not self.in_flight:
+            by_tokens = max(1, by_tokens)
+        filled = min(rows, by_tokens)
+        return rows if piece < longest else filled, filled
 
-    def _open_cohort(self, rows: int) -> int:
+    def _open_cohort(self, rows: int, filled: int) -> int:
+        """Open a cohort with prompts in the first ``filled`` rows; returns their tokens."""
         first = self._waiting[0]
         stride = row_tokens(first.length, first.new_tokens)
         offset = self._space.take(rows * stride)
         assert offset is not None
         cohort = _Cohort(offset, rows, stride)
-        for row in range(rows):
+        for row in range(filled):
             cohort.live[row] = _Live(self._waiting.popleft(), row)
         self._cohorts.append(cohort)
-        return rows * first.length
+        return filled * max(self._admission.piece(seq.left) for seq in cohort.live.values())
 
     def _groups_of(self, cohort: _Cohort) -> list[Group]:
         rows = [cohort.live[row] for row in sorted(cohort.live)]
+        piece = self._admission.piece
         decode = [seq for seq in rows if seq.made]
-        groups = [_group(cohort, decode, prefill=False)] if decode else []
-        fresh = sorted((s for s in rows if not s.made), key=lambda s: (-s.request.length, s.row))
+        ones = [1] * len(decode)
+        groups = [_group(cohort, decode, ones, prefill=False)] if decode else []
+        fresh = sorted((s for s in rows if not s.made), key=lambda s: (-piece(s.left), s.row))
         while fresh:
-            take = max(1, self._admission.attn_tokens // fresh[0].request.length)
-            groups.append(_group(cohort, fresh[:take], prefill=True))
+            take = max(1, self._admission.attn_tokens // piece(fresh[0].left))
+            lengths = [piece(seq.left) for seq in fresh[:take]]
+            groups.append(_group(cohort, fresh[:take], lengths, prefill=True))
             fresh = fresh[take:]
         return groups
 
 
-def _group(cohort: _Cohort, seqs: Sequence[_Live], *, prefill: bool) -> Group:
+def _group(
+    cohort: _Cohort, seqs: Sequence[_Live], lengths: Sequence[int], *, prefill: bool
+) -> Group:
     members = tuple(
         Member(s.request.index, cohort.offset + s.row * cohort.stride, s.held) for s in seqs
     )
-    lengths = tuple(s.request.length if prefill else 1 for s in seqs)
-    return Group(prefill, members, lengths, max(lengths), cohort.stride)
+    unfinished = tuple(i for i, n in enumerate(lengths) if n < seqs[i].left)
+    return Group(prefill, members, tuple(lengths), max(lengths), cohort.stride, unfinished)
 
 
 def group_shares(step: Step, workers: int) -> tuple[tuple[int, ...], ...]:

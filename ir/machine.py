@@ -48,8 +48,9 @@ class Accelerator:
     ``gemm[dtype]`` is FLOP/s of ``rows x K @ K x N`` with large K and N, by rows, as if weights
     cost nothing to read; ``attention[dtype]`` is FLOP/s of prefill attention by query length.
     ``hbm_bandwidth`` is what reading weights and KV reaches; ``op_seconds`` the launch of a kernel.
-    ``h2d`` and ``d2h`` are bytes/s between pinned host memory and one GPU by block; ``peer_bandwidth``
-    is bytes/s between two GPUs, one way (0: no link). The tier ``hbm`` holds one GPU's memory.
+    ``h2d`` and ``d2h`` are bytes/s between pinned host memory and one GPU by block;
+    ``peer_bandwidth`` is bytes/s between two GPUs, one way (0: no link). The
+    tier ``hbm`` holds one GPU's memory.
     """
 
     name: str

@@ -8,9 +8,9 @@ lists is the diff of two plans. Weights are placed by **unit**: ``embed`` (the e
 from dataclasses import dataclass
 from typing import Literal
 
-UnitKind = Literal["embed", "dense", "experts", "head"]
+UnitKind = Literal["embed", "dense", "experts", "head", "kv"]
 Axis = Literal["seqs", "tokens", "experts"]
-Tier = Literal["disk", "ram"]
+Tier = Literal["disk", "ram", "hbm"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,21 +18,34 @@ class Dispatch:
     """Admit at most ``seqs`` sequences and ``prefill_tokens`` prompt tokens a step into a KV store
     of ``kv_tokens``, prompts of up to ``longest`` tokens; with ``refill`` a finished sequence's row
     is given to the next prompt at once (continuous batching), otherwise a wave is finished first
-    (static batching)."""
+    (static batching). ``chunk_tokens`` cuts prompts into pieces of so many tokens, one a step,
+    beside the sequences that decode (chunked prefill; 0: a prompt is never cut)."""
 
     seqs: int
     kv_tokens: int
     prefill_tokens: int
     longest: int
     refill: bool
+    chunk_tokens: int = 0
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Most tokens of one prompt in a step."""
+        return min(self.longest, self.chunk_tokens or self.longest)
+
+    @property
+    def step_tokens(self) -> int:
+        """Most new tokens of a step: one per sequence in decode, beside the prompts admitted."""
+        return max(self.prefill_tokens, self.prompt_tokens) + self.seqs
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Keep a unit in a tier: ``ram`` holds it for the whole run, ``disk`` reads it in every step.
+    """Keep a unit in a tier for the whole run; what is computed elsewhere is copied in every step.
 
     ``layers`` is empty for embed and head. For experts, ``count`` of each layer's experts (the
-    first ones) are in ``tier`` and the others on disk.
+    first ones, after those in faster tiers) are in ``tier``; for ``kv``, the KV of ``count``
+    percent of the sequences. What no move places is on disk, KV in ram.
     """
 
     unit: UnitKind
@@ -70,18 +83,22 @@ class Prefetch:
 
 @dataclass(frozen=True, slots=True)
 class Reorder:
-    """Run a layer's resident experts while its first streamed ones are still being read."""
+    """``resident_first``: run a layer's resident experts while its first streamed ones are still
+    being read. ``paged``: copy the next layer's weights in pages between the transfers of this
+    layer's groups (CGOPipe of MoE-Lightning, arXiv 2411.11217)."""
 
     role: Literal["experts"]
-    order: Literal["resident_first"]
+    order: Literal["resident_first", "paged"]
 
 
 @dataclass(frozen=True, slots=True)
 class Overlap:
-    """Run ``workers`` compute engines of ``threads`` threads each beside the disk engine."""
+    """Run ``workers`` compute engines of ``threads`` threads each beside ``readers`` disk engines,
+    to which the loads of every ring are dealt in turn."""
 
     workers: int
     threads: int
+    readers: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,10 +110,45 @@ class Fuse:
 
 
 @dataclass(frozen=True, slots=True)
+class Pipeline:
+    """Run the loop over layers as a software pipeline: in steps of ``work`` (decode, prefill or
+    mixed) and layers like ``layer``, the engine takes ``ops`` in this order, each ``ahead`` layers
+    further on than those with 0."""
+
+    work: Literal["decode", "prefill", "mixed"]
+    layer: int
+    engine: str
+    ops: tuple[str, ...]
+    ahead: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Assign:
+    """Run ``percent`` of a role on an engine: ``all`` on the GPU; then of ``attention`` (in decode,
+    by sequences) or ``experts`` (of every layer) a share on the CPU."""
+
+    role: Literal["all", "attention", "experts"]
+    engine: Literal["gpu", "cpu"]
+    percent: int
+
+
+@dataclass(frozen=True, slots=True)
 class Bucket:
     """Pad the rows of 16-bit matrix products to tiles of these ascending ``sizes``."""
 
     sizes: tuple[int, ...]
 
 
-Move = Dispatch | Place | Split | Accumulate | Prefetch | Reorder | Overlap | Fuse | Bucket
+Move = (
+    Dispatch
+    | Place
+    | Split
+    | Accumulate
+    | Prefetch
+    | Reorder
+    | Overlap
+    | Fuse
+    | Pipeline
+    | Assign
+    | Bucket
+)

@@ -10,6 +10,9 @@ from dovetail.ir.moves import Fuse, Move, Place
 from dovetail.ir.program import Flat, Free, Load, Run, Signal, Wait
 from dovetail.ir.units import format_bytes, parse_bytes
 
+_OPTIONAL = ("chunk_tokens", "readers")
+"""Numbers of a move that are left out where they are what they are without being given."""
+
 
 def move_text(move: Move) -> str:
     """A move as a call: names by position, numbers by keyword."""
@@ -26,6 +29,8 @@ def move_text(move: Move) -> str:
             parts.append(f"block={short_bytes(value)}")
         elif field.name == "refill":
             parts.append("refill" if value else "no refill")
+        elif field.name in _OPTIONAL and value == field.default:
+            continue
         else:
             parts.append(f"{field.name}={value}")
     return _call(type(move).__name__.lower(), parts)

@@ -3,8 +3,9 @@
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from dovetail.ir import codec
 from dovetail.ir.errors import PlanError
@@ -37,6 +38,10 @@ class Prediction:
     disk_bytes: int
     bytes: Mapping[str, int]
     classes: Mapping[str, float]
+    tiers: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    """Peak bytes of the other tiers (hbm), by what they hold."""
+    link_bytes: Mapping[str, int] = field(default_factory=dict)
+    """Bytes that every link (h2d, d2h) moves over the whole workload."""
 
     @property
     def peak_bytes(self) -> int:
@@ -44,9 +49,25 @@ class Prediction:
         return sum(self.bytes.values())
 
     @property
+    def peaks(self) -> dict[str, int]:
+        """Predicted peak of every tier that the budget limits."""
+        others = {name: sum(parts.values()) for name, parts in self.tiers.items()}
+        return {"ram": self.peak_bytes} | others
+
+    @property
     def tokens_per_second(self) -> float:
         """Generated tokens per second, set-up included."""
         return self.tokens / self.seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Certificate:
+    """What a solver proved: the ``objective`` that was reached and a ``bound`` that none beats."""
+
+    name: str
+    objective: float
+    bound: float
+    status: Literal["optimal", "feasible"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +99,7 @@ class Plan:
     prediction: Prediction
     bound: Bound
     candidates: tuple[Candidate, ...]
+    certificates: tuple[Certificate, ...] = ()
 
     def digest(self) -> str:
         """Hex sha256 over all fields: same inputs, same plan, same digest."""

@@ -175,13 +175,13 @@ def _resident_text(program: Program) -> str:
     return "; ".join(parts) or "nothing"
 
 
-def _memory_lines(parts: Mapping[str, int], capacity: int | None) -> list[str]:
+def _memory_lines(parts: Mapping[str, int], capacity: int | None, tier: str = "ram") -> list[str]:
     """Bytes by what they hold, with bars, and their sum."""
     total = sum(parts.values())
     of = f" of {format_bytes(capacity)}" if capacity is not None else ""
     most = max(parts.values(), default=0)
     rows = [(name, format_bytes(n), _bar(n, most)) for name, n in parts.items() if n]
-    return [f"ram: {format_bytes(total)}{of}", *(table(rows, right=(1,)) if rows else [])]
+    return [f"{tier}: {format_bytes(total)}{of}", *(table(rows, right=(1,)) if rows else [])]
 
 
 def _bar(value: float, most: float) -> str:
@@ -205,6 +205,7 @@ def print_plan(plan: Plan) -> str:
     lines += ["", "moves"]
     lines += [part for move in plan.moves for part in _wrap(f"  {move_text(move)}", " " * 6)]
     lines += ["", *_prediction_lines(plan), "", *_bound_lines(plan)]
+    lines += _certificate_lines(plan)
     return "\n".join([*lines, "", *_candidate_lines(plan)])
 
 
@@ -228,11 +229,13 @@ def _prediction_lines(plan: Plan) -> Iterator[str]:
         ("time", f"{format_duration(found.seconds)} ({setup} of it set-up, {found.steps} steps)"),
         ("tokens/s", f"{found.tokens_per_second:.1f} ({found.tokens} tokens)"),
         ("disk reads", format_bytes(found.disk_bytes)),
+        *((name, format_bytes(n)) for name, n in found.link_bytes.items()),
     ]
     yield "prediction"
     yield from table(rows)
-    memory = _memory_lines(found.bytes, plan.budget.get("ram"))
-    yield from (f"  {line}" for line in memory)
+    for tier, parts in {"ram": found.bytes, **found.tiers}.items():
+        memory = _memory_lines(parts, plan.budget.get(tier), tier)
+        yield from (f"  {line}" for line in memory)
     most = max(found.classes.values(), default=0.0)
     if most:
         yield "  busy seconds, all engines"
@@ -250,6 +253,24 @@ def _bound_lines(plan: Plan) -> Iterator[str]:
     )
     rows = [(name, format_duration(s), _bar(s, least.seconds)) for name, s in least.parts.items()]
     yield from table(rows, right=(1,)) if rows else ()
+
+
+def _certificate_lines(plan: Plan) -> Iterator[str]:
+    """What the solvers proved."""
+    if plan.certificates:
+        yield from ("", "proved")
+        yield from table(
+            [
+                (
+                    c.name,
+                    format_duration(c.objective),
+                    f"bound {format_duration(c.bound)}",
+                    f"{c.status}, gap {1 - c.bound / c.objective:.1%}",
+                )
+                for c in plan.certificates
+            ],
+            right=(1, 2),
+        )
 
 
 def _candidate_lines(plan: Plan) -> Iterator[str]:

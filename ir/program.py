@@ -2,7 +2,8 @@
 
 Streamed weights go through **rings** of recycled buffers. An engine that loads waits for room,
 loads, and signals that the load is ready; an engine that computes waits for it, runs, and frees it.
-Loads of a ring happen in one order, and so do the waits for them. ``Signal`` and ``Wait`` on a
+Loads of a ring have one order, that of the waits for them, whoever makes them (see load_order).
+A load's room and its signal are on the engine that makes it. ``Signal`` and ``Wait`` on a
 **phase** order the compute workers among each other: a wait passes once every worker has signalled.
 
 ``layer`` and ``chunk`` of an instruction count from the variable of the loop around it, or from

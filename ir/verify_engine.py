@@ -17,7 +17,9 @@ Unit = tuple[str, int, int]
 class Engine:
     """An engine's place in its list and what it knows. ``at`` is the step, the place in the step's
     list and the instruction; ``met`` its clock when it last waited for a phase; ``held`` the load
-    of each ring that it has waited for and not freed."""
+    of each ring that it has waited for and not freed. Of a ring that it loads, ``room`` is the load
+    that room was last waited for, ``loading`` the one it has made and not signalled, and ``loads``
+    counts those that it has signalled."""
 
     name: str
     number: int
@@ -30,6 +32,9 @@ class Engine:
     signalled: dict[str, int] = field(default_factory=dict)
     awaited: dict[str, int] = field(default_factory=dict)
     met: dict[str, Clock] = field(default_factory=dict)
+    room: dict[str, int] = field(default_factory=dict)
+    loading: dict[str, int] = field(default_factory=dict)
+    loads: dict[str, int] = field(default_factory=dict)
     ended: bool = False
     """Whether it has signalled the end of the step."""
 
@@ -58,20 +63,17 @@ class Engine:
 
 @dataclass(slots=True)
 class RingState:
-    """The loads of a ring so far, when they were ready, and when which worker freed them; ``room``
-    is the load that room was last waited for."""
+    """The loads of a ring so far, by number: what they brought, when they were ready, and when
+    which worker freed them."""
 
     spec: Ring
-    loader: str = ""
-    loads: list[Unit] = field(default_factory=list)
-    ready: list[Clock] = field(default_factory=list)
-    freed: list[dict[int, Clock]] = field(default_factory=list)
-    room: int = -1
+    loads: dict[int, Unit] = field(default_factory=dict)
+    ready: dict[int, Clock] = field(default_factory=dict)
+    freed: dict[int, dict[int, Clock]] = field(default_factory=dict)
 
     def live(self, workers: int) -> list[str]:
         """Loads that not every worker has freed."""
-        both = zip(self.loads, self.freed, strict=True)
-        return [text_of(unit) for unit, freed in both if len(freed) < workers]
+        return [text_of(self.loads[n]) for n in sorted(self.loads) if len(self.freed[n]) < workers]
 
 
 def unit_of(item: Load | Free) -> Unit:

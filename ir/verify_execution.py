@@ -8,6 +8,7 @@ have happened may happen later, whatever order this execution takes.
 from collections.abc import Iterator, Mapping, Sequence
 
 from dovetail.ir.errors import VerifyError
+from dovetail.ir.load_order import LoadOrder
 from dovetail.ir.program import Flat, Free, Load, Program, Run, Signal, Wait
 from dovetail.ir.task_graph import TaskGraph
 from dovetail.ir.verify_engine import Clock, Engine, RingState, text_of, unit_of
@@ -31,10 +32,7 @@ class Execution:
         ]
         self._workers = [e for e in self._engines if e.name in program.workers]
         self._rings = {ring.name: RingState(ring) for ring in program.rings}
-        for name, items in flat.items():
-            for item in items:
-                if isinstance(item, Load):
-                    self._rings[item.ring].loader = name
+        self._order = LoadOrder(flat)
         self._signals: dict[tuple[str, int], dict[int, Clock]] = {}
         self._values = Values(program, graph, self._workers)
 
@@ -56,14 +54,18 @@ class Execution:
         """Whether what a wait is for has happened."""
         match item:
             case Wait("ready", name) if name not in engine.held:
-                return engine.waits.get(name, 0) < len(self._rings[name].ready)
+                return engine.waits.get(name, 0) in self._rings[name].ready
             case Wait("room", name):
                 ring = self._rings[name]
-                before = len(ring.ready) - ring.spec.slots
-                return before < 0 or len(ring.freed[before]) >= ring.spec.consumers
+                before = self._next_load(engine, name) - ring.spec.slots
+                return before < 0 or len(ring.freed.get(before, {})) >= ring.spec.consumers
             case Wait("phase", name):
                 return len(self._met(engine, name)) == len(self._workers)
         return True
+
+    def _next_load(self, engine: Engine, ring: str) -> int:
+        """The number of the load that the engine signals next."""
+        return self._order.number(engine.name, ring, engine.loads.get(ring, 0))
 
     def _met(self, engine: Engine, phase: str) -> dict[int, Clock]:
         return self._signals.get((phase, engine.awaited.get(phase, 0)), {})
@@ -92,8 +94,9 @@ class Execution:
 
     def _wait_room(self, engine: Engine, ring: RingState) -> None:
         self._check_signalled(engine, ring)
-        ring.room = len(ring.loads)
-        before = ring.room - ring.spec.slots
+        number = self._next_load(engine, ring.spec.name)
+        engine.room[ring.spec.name] = number
+        before = number - ring.spec.slots
         # With fewer consumers than workers any of them may have ended the wait: it orders nothing.
         if before >= 0 and ring.spec.consumers >= len(self._workers):
             for clock in ring.freed[before].values():
@@ -102,8 +105,8 @@ class Execution:
     def _load(self, engine: Engine, item: Load) -> None:
         ring = self._rings[item.ring]
         self._check_signalled(engine, ring)
-        number = len(ring.loads)
-        if ring.room != number:
+        number = self._next_load(engine, item.ring)
+        if engine.room.get(item.ring) != number:
             live = ", ".join(ring.live(len(self._workers))) or "nothing"
             raise engine.error(
                 f"no room was waited for: the {ring.spec.slots} buffers of ring {item.ring} may "
@@ -118,18 +121,21 @@ class Execution:
                     f"may be reading: ring {item.ring} gives room after {ring.spec.consumers} "
                     f"frees, expected {len(self._workers)}, one of each worker"
                 )
-        ring.loads.append(unit_of(item))
-        ring.freed.append({})
+        ring.loads[number] = unit_of(item)
+        ring.freed[number] = {}
+        engine.loading[item.ring] = number
 
     def _check_signalled(self, engine: Engine, ring: RingState) -> None:
-        if len(ring.loads) > len(ring.ready):
-            last = text_of(ring.loads[-1])
+        if ring.spec.name in engine.loading:
+            last = text_of(ring.loads[engine.loading[ring.spec.name]])
             raise engine.error(f"{last} is loaded and not signalled, expected its signal before")
 
     def _signal_ready(self, engine: Engine, ring: RingState) -> None:
-        if len(ring.ready) == len(ring.loads):
+        number = engine.loading.pop(ring.spec.name, None)
+        if number is None:
             raise engine.error("nothing was loaded since the last signal, expected a load before")
-        ring.ready.append(list(engine.clock))
+        ring.ready[number] = list(engine.clock)
+        engine.loads[ring.spec.name] = engine.loads.get(ring.spec.name, 0) + 1
 
     def _wait_ready(self, engine: Engine, ring: RingState) -> None:
         name = ring.spec.name
@@ -170,9 +176,8 @@ class Execution:
         stuck = [engine for engine in self._engines if engine.at is not None]
         if any(engine in self._workers for engine in stuck):
             raise VerifyError(self._why_stuck(stuck))
-        for name, ring in self._rings.items():
-            items = self._flat.get(ring.loader, ())
-            loads = sum(isinstance(item, Load) and item.ring == name for item in items)
+        for name in self._rings:
+            loads = self._order.in_step(name)
             for worker in self._workers:
                 waits = sum(item == Wait("ready", name) for item in self._flat[worker.name])
                 if waits != loads:
@@ -208,11 +213,11 @@ class Execution:
         item = engine.at[2]
         assert isinstance(item, Wait)
         if item.what == "ready":
-            loader = self._rings[item.name].loader
+            loader = self._order.loader(item.name, engine.waits.get(item.name, 0))
             return [loader] if loader else []
         if item.what == "room":
             ring = self._rings[item.name]
-            there = ring.freed[len(ring.ready) - ring.spec.slots]
+            there = ring.freed.get(self._next_load(engine, item.name) - ring.spec.slots, {})
         else:
             there = self._met(engine, item.name)
         return [worker.name for worker in self._workers if worker.number not in there]

@@ -179,8 +179,7 @@ def _unit_bytes(graph: TaskGraph, kind: str, layer: int, experts: int) -> int:
 
 
 def _check_engines(program: Program, flat: Mapping[str, tuple[Flat, ...]]) -> None:
-    """Compute engines run and free, disk engines load, and each ring has one loader."""
-    loaders: dict[str, str] = {}
+    """Compute engines run and free, disk engines load."""
     for engine, items in flat.items():
         compute = engine in program.workers
         if not compute and not engine.startswith("disk"):
@@ -190,11 +189,6 @@ def _check_engines(program: Program, flat: Mapping[str, tuple[Flat, ...]]) -> No
                 kind = "disk" if compute else "compute"
                 raise VerifyError(
                     f"{engine}: {instruction_text(item)}, expected on a {kind} engine"
-                )
-            if isinstance(item, Load) and loaders.setdefault(item.ring, engine) != engine:
-                raise VerifyError(
-                    f"ring {item.ring} is loaded by {loaders[item.ring]} and {engine}, expected "
-                    "one engine, so that its loads have one order"
                 )
 
 

@@ -12,11 +12,13 @@ from dovetail.ir.errors import VerifyError
 from dovetail.ir.gemm_tiles import LADDERS
 from dovetail.ir.moves import (
     Accumulate,
+    Assign,
     Bucket,
     Dispatch,
     Fuse,
     Move,
     Overlap,
+    Pipeline,
     Place,
     Prefetch,
     Reorder,
@@ -25,6 +27,7 @@ from dovetail.ir.moves import (
 from dovetail.ir.placement import experts_of
 from dovetail.ir.program import Settings
 from dovetail.ir.task_graph import Body, Role, TaskGraph
+from dovetail.passes import device as gpu
 
 DEFAULT_BLOCK = 8 << 20
 SPLITS = ("attention/seqs", "attention/tokens", "experts/experts", "experts/tokens", "head/seqs")
@@ -36,7 +39,8 @@ class Layout:
     """A schedule with every decision resolved. ``experts_resident[i]`` of layer i's experts are in
     ram, ``chunk`` experts make one streamed load; ``rows`` and ``attn_tokens`` bound an attention
     group, ``expert_rows`` and ``head_rows`` the rows of one expert GEMM and of one head GEMM;
-    ``buckets`` are the tile sizes of 16-bit products."""
+    ``buckets`` are the tile sizes of 16-bit products. ``accumulated`` experts run once over all
+    groups' tokens, ``paged`` ones are copied page by page. Without ``device`` the CPU computes."""
 
     graph: TaskGraph
     dispatch: Dispatch
@@ -52,8 +56,13 @@ class Layout:
     prefetch: dict[str, Prefetch]
     workers: int
     threads: int
+    readers: int
     resident_first: bool
     buckets: tuple[int, ...]
+    accumulated: bool
+    paged: bool
+    pipelines: tuple[Pipeline, ...]
+    device: gpu.Device | None
     fused: dict[str, tuple[tuple[str, ...], ...]]
 
     def chunks(self, layer: int) -> int:
@@ -73,13 +82,13 @@ class Layout:
             attn_tokens=self.attn_tokens,
             prefill_tokens=self.dispatch.prefill_tokens,
             refill=self.dispatch.refill,
+            chunk_tokens=self.dispatch.chunk_tokens,
         )
 
     @property
     def settings(self) -> Settings:
         """What the executor needs beside the program's instructions."""
-        dispatch = self.dispatch
-        tokens = max(dispatch.prefill_tokens, dispatch.longest) + dispatch.seqs
+        tokens = self.dispatch.step_tokens
         return Settings(
             admission=self.admission,
             experts_resident=self.experts_resident,
@@ -117,13 +126,18 @@ def apply_moves(graph: TaskGraph, moves: Iterable[Move]) -> Layout:
         prefetch={},
         workers=1,
         threads=1,
+        readers=1,
         resident_first=False,
         buckets=LADDERS[0],
+        accumulated=False,
+        paged=False,
+        pipelines=(),
+        device=None,
         fused={body.name: tuple((t.name,) for t in body.tasks) for body in _bodies(graph)},
     )
     for move in moves:
         layout = _apply(layout, move)
-    _check(layout, moves)
+    _check(layout)
     return layout
 
 
@@ -137,6 +151,11 @@ def _apply(layout: Layout, move: Move) -> Layout:
                 prefill_tokens=move.prefill_tokens,
                 longest=move.longest,
             )
+            if move.chunk_tokens < 0:
+                raise VerifyError(
+                    f"dispatch: chunk_tokens must be >= 0, found {move.chunk_tokens}; 0 leaves "
+                    "prompts whole"
+                )
             return layout
         case Place():
             return _place(layout, move)
@@ -148,15 +167,28 @@ def _apply(layout: Layout, move: Move) -> Layout:
                     f"accumulate {move.role} along {move.axis}: only experts gain from it, along "
                     "tokens"
                 )
-            return layout
+            return replace(layout, accumulated=True)
         case Prefetch():
             _positive(move, slots=move.slots, block=move.block)
             return replace(layout, prefetch=layout.prefetch | {move.unit: move})
         case Reorder():
+            if move.order == "paged":
+                return replace(layout, paged=True)
             return replace(layout, resident_first=True)
+        case Pipeline():
+            _device(layout, move)
+            if len(move.ops) != len(move.ahead) or any(n < 0 for n in move.ahead):
+                raise VerifyError(
+                    f"pipeline {move.engine}: needs one ahead >= 0 for every operation"
+                )
+            return replace(layout, pipelines=(*layout.pipelines, move))
+        case Assign(role="all"):
+            return replace(layout, device=gpu.empty(layout.graph))
+        case Assign():
+            return replace(layout, device=gpu.assign(_device(layout, move), move))
         case Overlap():
-            _positive(move, workers=move.workers, threads=move.threads)
-            return replace(layout, workers=move.workers, threads=move.threads)
+            _positive(move, workers=move.workers, threads=move.threads, readers=move.readers)
+            return replace(layout, workers=move.workers, threads=move.threads, readers=move.readers)
         case Bucket():
             if not move.sizes or list(move.sizes) != sorted(set(move.sizes)) or move.sizes[0] < 1:
                 raise VerifyError(
@@ -168,6 +200,11 @@ def _apply(layout: Layout, move: Move) -> Layout:
 
 
 def _place(layout: Layout, move: Place) -> Layout:
+    if move.tier == "hbm":
+        device = gpu.place(_device(layout, move), layout.graph, move)
+        return replace(layout, device=device)
+    if move.unit == "kv":
+        raise VerifyError(f"place kv in {move.tier}: KV is in ram unless it is placed in hbm")
     in_ram = move.tier == "ram"
     if move.unit == "embed":
         return replace(layout, embed_resident=in_ram)
@@ -231,7 +268,16 @@ def _fuse(layout: Layout, move: Fuse) -> Layout:
     return replace(layout, fused=layout.fused | {move.body: (*before, move.tasks, *after)})
 
 
-def _check(layout: Layout, moves: tuple[Move, ...]) -> None:
+def _device(layout: Layout, move: Move) -> gpu.Device:
+    if layout.device is None:
+        raise VerifyError(f"{move}: needs a GPU; put assign(all, gpu, 100) before it")
+    return layout.device
+
+
+def _check(layout: Layout) -> None:
+    if layout.device is not None:
+        gpu.check(layout.device)
+        return
     epilogue = layout.graph.epilogue
     if len(layout.fused[epilogue.name]) > 1:
         names = tuple(task.name for task in epilogue.tasks)
@@ -239,12 +285,11 @@ def _check(layout: Layout, moves: tuple[Move, ...]) -> None:
             f"the epilogue runs as one segment per tile of sequences, found it in "
             f"{len(layout.fused[epilogue.name])}: add fuse({epilogue.name}, {names})"
         )
-    accumulated = any(isinstance(move, Accumulate) for move in moves)
     for layer in range(len(layout.graph.layers)):
         experts = experts_of(layout.graph, layer)
         if experts is None:
             continue
-        if not accumulated and layout.rows < layout.dispatch.seqs:
+        if not layout.accumulated and layout.rows < layout.dispatch.seqs:
             raise VerifyError(
                 "attention is split into groups but experts are not accumulated over them: add "
                 "accumulate(experts, tokens), or every group would read the experts again"

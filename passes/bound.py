@@ -61,9 +61,9 @@ def bound_of_steps(graph: TaskGraph, machine: Machine, budget: int, steps: Itera
     for step in steps:
         for group in step.groups:
             for member, tokens in zip(group.members, group.lengths, strict=True):
-                made[member.index] += 1
                 if group.prefill:
-                    length[member.index] = tokens
+                    length[member.index] = member.held + tokens
+        made.update(step.receivers)
     counts = Counter((length[index], made[index]) for index in made)
     return _bound(graph, machine, budget, _Sequences(counts))
 
@@ -79,10 +79,10 @@ def _bound(graph: TaskGraph, machine: Machine, budget: int, work: _Sequences) ->
 
 def _compute_seconds(graph: TaskGraph, machine: Machine, work: _Sequences) -> float:
     gemm = machine.gemm[graph.dtype].peak
-    seconds = work.generated * _gemm_flops(graph.epilogue) / gemm
+    seconds = work.generated * gemm_flops(graph.epilogue) / gemm
     for index, body in enumerate(graph.bodies):
         count = graph.layers.count(index)
-        seconds += count * work.processed * _gemm_flops(body) / gemm
+        seconds += count * work.processed * gemm_flops(body) / gemm
         seconds += count * _attention_seconds(graph, body, machine, work)
     workers = machine.workers * machine.keeps("cpu", "cpu") if machine.workers > 1 else 1
     return seconds / workers
@@ -94,7 +94,7 @@ def _costs(body: Body) -> Iterable[OpCost]:
         yield from (op_cost(op, body.values, weights) for op in task.ops)
 
 
-def _gemm_flops(body: Body) -> float:
+def gemm_flops(body: Body) -> float:
     """GEMM FLOPs per token, attention left out."""
     one = {"seqs": 1, "q_len": 1, "past": 0}
     total = sum(evaluate(c.flops, **one) for c in _costs(body) if c.kind == "gemm")

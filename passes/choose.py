@@ -19,8 +19,9 @@ from dovetail.ir.workload import Workload
 from dovetail.passes.apply_moves import apply_moves
 from dovetail.passes.bound import bound
 from dovetail.passes.cost import Costs
+from dovetail.passes.gpu_choose import choose_gpu
 from dovetail.passes.memory import ram_bytes
-from dovetail.passes.policies import POLICIES, module_batch
+from dovetail.passes.policies import POLICIES, chunked_prefill
 from dovetail.passes.policies.common import Knobs, Policy, Setting
 from dovetail.passes.search import Found, Search
 from dovetail.passes.simulate import Simulator
@@ -51,6 +52,8 @@ def choose(
     Raises BudgetError if nothing fits, naming the smallest budget that works, and InputError for
     an unknown policy.
     """
+    if machine.accelerator is not None and "hbm" in budget:
+        return choose_gpu(graph, machine, budget, workload, policy, knobs, checkpoint)
     if policy != "auto" and policy not in POLICIES:
         known = ", ".join(["auto", *POLICIES])
         raise InputError(f"policy {policy!r} is not known; choose one of {known}")
@@ -132,11 +135,17 @@ def _peak(setting: Setting, moves: tuple[Move, ...]) -> int:
 
 
 def smallest_budget(graph: TaskGraph, machine: Machine, workload: Workload) -> int:
-    """Bytes of ram that the leanest schedule needs: one sequence, one expert at a time."""
-    setting = Setting(graph, machine, 1 << 62, workload)
-    moves = module_batch.moves(setting, module_batch.leanest(setting))
-    assert moves is not None
-    return _peak(setting, moves) + machine.process_bytes
+    """Bytes of ram that the leanest schedule needs: one sequence, its prompt in short pieces, and
+    one expert at a time."""
+    budget, peak = 0, 1 << 62
+    while peak != budget:
+        # With less memory the tiles of 16-bit products are coarser, and so need less of it.
+        budget = peak
+        setting = Setting(graph, machine, budget, workload)
+        moves = chunked_prefill.moves(setting, chunked_prefill.leanest(setting))
+        assert moves is not None
+        peak = _peak(setting, moves)
+    return budget + machine.process_bytes
 
 
 def _too_small(setting: Setting, policy: str) -> str:

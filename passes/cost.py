@@ -179,10 +179,15 @@ class Costs:
         flops = evaluate(cost.flops, **dims)
         if cost.kind == "gemm":
             return fixed + self.gemm_seconds(flops, evaluate(cost.rows, **dims), workers)
-        if dims["q_len"] == 1:
+        reading = 0.0
+        if dims["q_len"] == 1 or dims["past"]:
             one = nbytes / dims["seqs"]
-            return fixed + nbytes / self.curve("kv_bandwidth", dtype).at(max(one, 1.0))
-        return fixed + flops / self.curve("attention", dtype).at(dims["q_len"])
+            reading = nbytes / self.curve("kv_bandwidth", dtype).at(max(one, 1.0))
+        if dims["q_len"] == 1:
+            return fixed + reading
+        # The rate counts the masked half of a causal square as done; the past has no such half.
+        flops = evaluate(cost.flops, **dims | {"past": 2 * dims["past"]})
+        return fixed + max(reading, flops / self.curve("attention", dtype).at(dims["q_len"]))
 
     def _fixed_seconds(self, workers: Workers) -> float:
         """Of one operator: with several workers, each waits for its turn in the interpreter."""

@@ -28,6 +28,9 @@ class Durations:
         busy = machine.keeps("cpu", "cpu") if layout.workers > 1 else 1.0
         self.speed = {"cpu": busy * _thread_speedup(machine, layout.threads), "disk": 1.0}
         self._load_bytes = {(ring, layer): size for ring, layer, size in _streamed_bytes(layout)}
+        # Every load that is under way has a buffer, so more readers than buffers never read.
+        buffers = sum(ring.slots for ring in program.rings)
+        self._sharers = max(1, min(layout.readers, buffers))
         self._step: Step | None = None
         self._known: dict[tuple[object, ...], float] = {}
 
@@ -74,7 +77,8 @@ class Durations:
             block = self._layout.prefetch[item.ring].block
             nbytes = self._load_bytes[item.ring, layer]
             piece = min(block, nbytes / self._reads(item))
-            rate = self._machine.disk.at(piece) * self.speed["disk"]
+            disk = self._machine.disk
+            rate = min(disk.at(piece), disk.peak / self._sharers) * self.speed["disk"]
             return nbytes / rate
         segment = self._segments[item.segment]
         if segment.over == "experts":
@@ -119,6 +123,8 @@ class Durations:
     def _head(self, segment: Segment, step: Step) -> float:
         layout, body = self._layout, self._bodies[segment.name]
         seqs = -(-step.seqs // layout.workers)
+        if not seqs:
+            return 0.0
         tiles = -(-seqs // layout.head_rows)
         return tiles * sum(
             self._costs.task_seconds(

@@ -5,12 +5,11 @@ attention runs, the reader can run ahead by no more than the rings hold. Good en
 schedules.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dovetail.ir.batching import Group, Member, Step
 from dovetail.ir.machine import Machine
-from dovetail.ir.program import Flat, Load, Program, Run, unroll
+from dovetail.ir.program import Load, Program, Run, unroll
 from dovetail.ir.workload import Workload
 from dovetail.passes.apply_moves import Layout
 from dovetail.passes.cost import Costs
@@ -65,19 +64,21 @@ class _StepModel:
     def _loads(self, machine: Machine) -> tuple[float, float]:
         """Seconds of a step's loads, and for how many of them the rings can run ahead of compute
         in a step: once per layer, by the ring's whole length at most."""
-        engine: Sequence[Flat] = list(unroll(self._program.engines.get("disk0", ())))
-        if not engine:
+        engines = [unroll(i) for n, i in self._program.engines.items() if n.startswith("disk")]
+        if not engines:
             return 0.0, 0.0
         step = Step(())
-        loads = [item for item in engine if isinstance(item, Load)]
+        lists = [[item for item in items if isinstance(item, Load)] for items in engines]
+        loads = [item for items in lists for item in items]
         self._durations.contend(1.0, 1.0)
         seconds = [self._durations.of(item, 0, step) for item in loads]
+        longest = max(sum(self._durations.of(item, 0, step) for item in items) for items in lists)
         ahead = 0.0
         for ring in self._program.rings:
             times = [t for t, item in zip(seconds, loads, strict=True) if item.ring == ring.name]
             layers = len({item.layer for item in loads if item.ring == ring.name})
             ahead += min(sum(times), layers * ring.slots * max(times))
-        return sum(seconds), ahead
+        return longest, ahead / len(lists)
 
     def parts(self, step: Step) -> _Parts:
         """Compute seconds of a step."""
@@ -104,11 +105,14 @@ class _StepModel:
         """Parts of a full prefill step, and how many of them the workload takes."""
         layout = self._layout
         mean = max(1, workload.prompt_tokens // workload.prompts)
-        fits = max(1, layout.dispatch.prefill_tokens // mean)
+        piece = layout.admission.piece(mean)
+        fits = max(1, layout.dispatch.prefill_tokens // piece)
         in_step = min(workload.prompts, layout.dispatch.seqs, fits)
-        rows = max(1, min(layout.admission.rows, layout.attn_tokens // mean, in_step))
+        rows = max(1, min(layout.admission.rows, layout.attn_tokens // piece, in_step))
+        # Half of a prompt lies before a piece of it, on average over the pieces.
+        held = (mean - piece) // 2
         groups = []
         for start in range(0, in_step, rows):
-            members = tuple(Member(i, 0, 0) for i in range(start, min(start + rows, in_step)))
-            groups.append(Group(True, members, (mean,) * len(members), mean, mean))
-        return self.parts(Step(tuple(groups))), workload.prompts / in_step
+            members = tuple(Member(i, 0, held) for i in range(start, min(start + rows, in_step)))
+            groups.append(Group(True, members, (piece,) * len(members), piece, mean))
+        return self.parts(Step(tuple(groups))), workload.prompts / in_step * -(-mean // piece)

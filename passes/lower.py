@@ -29,18 +29,12 @@ MAX_PERIOD = 4
 
 def lower(layout: Layout, capacity: Mapping[str, int]) -> Program:
     """The program of a layout; ``capacity`` is the budget of each tier in bytes."""
-    layers = range(len(layout.graph.layers))
     compute = _compute(layout)
-    disk: list[Instruction] = []
-    per_layer = [_disk_layer(layout, layer) for layer in layers]
-    disk += fold(per_layer)
-    if not layout.head_resident:
-        disk += _load("head", 0, 0)
     engines: dict[str, tuple[Instruction, ...]] = {
         f"cpu{worker}": tuple(compute) for worker in range(layout.workers)
     }
-    if disk:
-        engines["disk0"] = tuple(disk)
+    lists = [disk for reader in range(layout.readers) if (disk := _disk(layout, reader))]
+    engines |= {f"disk{reader}": tuple(disk) for reader, disk in enumerate(lists)}
     rings = tuple(
         Ring(name, layout.prefetch[name].slots, size, layout.workers)
         for name, size in ring_bytes(layout).items()
@@ -154,13 +148,28 @@ def _experts(layout: Layout, layer: int, segment: str) -> list[Instruction]:
     return [*items, Signal("phase", "experts"), Wait("phase", "experts")]
 
 
-def _disk_layer(layout: Layout, layer: int) -> list[Instruction]:
+def _disk(layout: Layout, reader: int) -> list[Instruction]:
+    """What one of the readers does in a step: its turns among the loads of every ring."""
+    dense = experts = 0
+    per_layer = []
+    for layer in range(len(layout.graph.layers)):
+        streamed, chunks = not layout.dense_resident[layer], layout.chunks(layer)
+        turns = range((reader - experts) % layout.readers, chunks, layout.readers)
+        mine = streamed and dense % layout.readers == reader
+        per_layer.append(_disk_layer(mine, turns))
+        dense += streamed
+        experts += chunks
+    head = [] if layout.head_resident or reader else _load("head", 0, 0)
+    return [*fold(per_layer), *head]
+
+
+def _disk_layer(dense: bool, chunks: range) -> list[Instruction]:
     items: list[Instruction] = []
-    if not layout.dense_resident[layer]:
+    if dense:
         items += _load("dense", 0, 0)
-    count = layout.chunks(layer)
-    if count:
-        items.append(Loop("chunk", 0, count, 1, tuple(_load("experts", 0, 0))))
+    if chunks:
+        load = tuple(_load("experts", 0, 0))
+        items.append(Loop("chunk", chunks.start, chunks.stop, chunks.step, load))
     return items
 
 

@@ -17,12 +17,16 @@ from dovetail.ir.placement import (
     head_weights,
     weights_bytes,
 )
-from dovetail.ir.task_graph import ITEMSIZE, Body, Op, Ref, Task, TaskGraph
+from dovetail.ir.task_graph import ITEMSIZE, Body, Op, Ref, Task, TaskGraph, Value
 from dovetail.passes.apply_moves import Layout
 from dovetail.passes.cost import is_view
 
 KERNEL_BYTES = 768 << 10
 """Generated code and tables that oneDNN keeps per shape of a 16-bit GEMM (see ir.gemm_tiles)."""
+KERNEL_FIXED = 256 << 10
+"""What oneDNN keeps beside that, whatever the shapes."""
+COPY_BYTES = 4 << 20
+"""What attention converts to float32 at one time, unless a key head of one row needs more."""
 RESERVE_FIXED = 1280 << 10
 """Bytes kept back for the allocator, Python objects, and library code first touched in a run."""
 RESERVE_SHARE = 0.05
@@ -89,13 +93,12 @@ def kernel_bytes(graph: TaskGraph, buckets: Sequence[int]) -> int:
         if b.experts and b.experts.experts
         for t in b.experts.experts.tensors
     }
-    return len(weights | experts) * len(buckets) * KERNEL_BYTES
+    return KERNEL_FIXED + len(weights | experts) * len(buckets) * KERNEL_BYTES
 
 
 def step_tokens(layout: Layout) -> int:
     """Most new tokens of a step: one per sequence in decode, beside the prompts admitted."""
-    dispatch = layout.dispatch
-    return max(dispatch.prefill_tokens, dispatch.longest) + dispatch.seqs
+    return layout.dispatch.step_tokens
 
 
 def token_buffer_bytes(layout: Layout) -> int:
@@ -119,8 +122,8 @@ def activation_bytes(layout: Layout) -> int:
     held = max(_held_bytes(graph, body) for body in graph.bodies) * tokens
     held += _shared_bytes(graph) * tokens
     temporaries = max(_segment_bytes(layout, body) for body in (graph.prologue, *graph.bodies))
-    workers = layout.workers
-    return held + workers * max(temporaries, _expert_temporaries(layout), _head_bytes(layout))
+    most = max(temporaries, _expert_temporaries(layout), _head_bytes(layout))
+    return held + layout.workers * (most + _decode_copies(layout))
 
 
 def _held_bytes(graph: TaskGraph, body: Body) -> int:
@@ -146,12 +149,13 @@ def _group_shapes(layout: Layout) -> list[tuple[int, int, int]]:
     """Corner cases of a group's (seqs, q_len, past)."""
     dispatch, context = layout.dispatch, layout.graph.context
     rows = min(layout.rows, dispatch.seqs)
-    tokens = max(dispatch.longest, min(layout.attn_tokens, dispatch.prefill_tokens))
-    longest = dispatch.longest
+    longest = dispatch.prompt_tokens
+    tokens = max(longest, min(layout.attn_tokens, dispatch.prefill_tokens))
+    before = dispatch.longest - longest
     decode = max(1, min(dispatch.kv_tokens // max(1, rows), context) - 1)
-    shapes = [(max(1, min(rows, tokens // longest)), longest, 0), (rows, 1, decode)]
+    shapes = [(max(1, min(rows, tokens // longest)), longest, before), (rows, 1, decode)]
     many = min(rows, tokens)
-    shapes.append((many, max(1, tokens // many), 0))
+    shapes.append((many, max(1, tokens // many), before))
     return shapes
 
 
@@ -234,14 +238,44 @@ def _owners(ops: Iterable[Op]) -> dict[str, str]:
 
 
 def _scratch_bytes(op: Op, body: Body, shape: tuple[int, int, int]) -> int:
-    """What an attention kernel needs beside its output: a mask or a tile of scores."""
+    """What an attention kernel needs beside its output: a mask or a tile of scores, and float32
+    copies of what it reads in another type or width."""
     if op.target != "dovetail.attention":
         return 0
     seqs, q_len, past = shape
-    assert isinstance(op.args[0], Ref)
-    heads = int(evaluate(body.values[op.args[0].name].shape[1], seqs=1, q_len=1, past=0))
+    q, k, v = (body.values[arg.name] for arg in op.args[:3] if isinstance(arg, Ref))
+    heads, kv_heads = (int(evaluate(x.shape[1], seqs=1, q_len=1, past=0)) for x in (q, k))
     tile = min(q_len, 256) * (past + q_len) * 4
-    return seqs * (past + q_len) + (heads * tile * 2 if op.args[3] is not None else tile)
+    fixed = seqs * (past + q_len) + (heads * tile * 2 if op.args[3] is not None else tile)
+    if q_len == 1 or not _converted(k, v):
+        return fixed
+    one = _copy_bytes(k, v) * (heads // kv_heads * q_len + past + q_len)
+    return fixed + min(seqs * kv_heads * one, max(COPY_BYTES, one))
+
+
+def _converted(k: Value, v: Value) -> bool:
+    """Whether attention computes on copies of keys and values."""
+    return k.dtype != "float32" or k.shape[3] != v.shape[3]
+
+
+def _copy_bytes(k: Value, v: Value) -> int:
+    """Bytes of a converted key and value of one head and token."""
+    width = max(int(evaluate(x.shape[3], seqs=1, q_len=1, past=0)) for x in (k, v))
+    return 2 * width * 4
+
+
+def _decode_copies(layout: Layout) -> int:
+    """What a worker keeps of keys and values that it converted for decoding."""
+    dispatch, most = layout.dispatch, 0
+    tokens = min(dispatch.kv_tokens, layout.rows * layout.graph.context)
+    for body in layout.graph.bodies:
+        for op in (op for task in body.tasks for op in task.ops):
+            if op.target == "dovetail.attention":
+                k, v = (body.values[arg.name] for arg in op.args[1:3] if isinstance(arg, Ref))
+                heads = int(evaluate(k.shape[1], seqs=1, q_len=1, past=0))
+                if _converted(k, v):
+                    most = max(most, min(COPY_BYTES, tokens * heads * _copy_bytes(k, v)))
+    return most
 
 
 def _value_bytes(shape: tuple[Expr, ...], dtype: str, seqs: int, q_len: int, past: int) -> float:

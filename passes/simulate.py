@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from dovetail.ir.batching import Batcher, Group, Member, Request, Step
 from dovetail.ir.errors import VerifyError
+from dovetail.ir.load_order import LoadOrder
 from dovetail.ir.machine import Machine
 from dovetail.ir.plan import Prediction
 from dovetail.ir.program import Flat, Free, Load, Program, Run, Signal, Wait, unroll
@@ -24,10 +25,11 @@ from dovetail.passes.memory import ram_bytes, resident_bytes
 
 @dataclass(slots=True)
 class _State:
-    """Times at which things happened, by name."""
+    """Times at which things happened, by name; those of loads also by their number."""
 
-    ready: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
-    freed: dict[str, list[list[float]]] = field(default_factory=lambda: defaultdict(list))
+    order: LoadOrder
+    ready: dict[tuple[str, int], float] = field(default_factory=dict)
+    freed: dict[tuple[str, int], list[float]] = field(default_factory=lambda: defaultdict(list))
     phases: dict[tuple[str, int], list[float]] = field(default_factory=lambda: defaultdict(list))
 
 
@@ -56,12 +58,12 @@ def flatten(program: Program) -> Flattened:
 def simulate_steps(
     program: Program, flat: Flattened, durations: Durations, steps: Sequence[Step]
 ) -> Timeline:
-    """The timeline of these steps one after the other, the disk engine running ahead."""
+    """The timeline of these steps one after the other, the disk engines running ahead."""
     engines = []
     for number, (name, instructions) in enumerate(flat.items()):
         items = [(index, item) for index in range(len(steps)) for item in instructions]
         engines.append(_Engine(name, number, items))
-    state, spans = _State(), []
+    state, spans = _State(LoadOrder(flat)), []
     workers = len(program.workers)
     moved = True
     while moved:
@@ -89,18 +91,15 @@ def _passes(
     if not isinstance(item, Wait):
         return engine.now
     if item.what == "ready":
-        n = engine.waits[item.name]
-        times = state.ready[item.name]
-        return max(engine.now, times[n]) if n < len(times) else None
+        ready = state.ready.get((item.name, engine.waits[item.name]))
+        return None if ready is None else max(engine.now, ready)
     if item.what == "room":
         ring = program.ring(item.name)
-        n = engine.loads[item.name] - ring.slots
+        n = state.order.number(engine.name, item.name, engine.loads[item.name]) - ring.slots
         if n < 0:
             return engine.now
-        freed = state.freed[item.name]
-        if n >= len(freed) or len(freed[n]) < ring.consumers:
-            return None
-        return max(engine.now, *freed[n])
+        freed = state.freed[item.name, n]
+        return max(engine.now, *freed) if len(freed) >= ring.consumers else None
     signals = state.phases[item.name, engine.phases[item.name]]
     return max(engine.now, *signals) if len(signals) == workers else None
 
@@ -124,22 +123,20 @@ def _advance(
         kind, name, layer = "room" if item.what == "room" else "wait", item.name, -1
     elif isinstance(item, Signal):
         if item.what == "ready":
-            state.ready[item.name].append(start)
+            n = state.order.number(engine.name, item.name, engine.loads[item.name])
+            state.ready[item.name, n] = start
+            engine.loads[item.name] += 1
         else:
             state.phases[item.name, engine.signals[item.name]].append(start)
             engine.signals[item.name] += 1
         return []
     elif isinstance(item, Free):
-        freed, n = state.freed[item.ring], engine.frees[item.ring]
-        while len(freed) <= n:
-            freed.append([])
-        freed[n].append(start)
+        state.freed[item.ring, engine.frees[item.ring]].append(start)
         engine.frees[item.ring] += 1
         return []
     else:
         engine.now = start + durations.of(item, engine.number, step)
         if isinstance(item, Load):
-            engine.loads[item.ring] += 1
             kind, name, layer = "load", item.ring, item.layer
         else:
             kind, name, layer = "run", item.segment, item.layer
@@ -155,6 +152,7 @@ class Simulator:
         self.layout, self.machine, self._costs = layout, machine, costs
         self.program = lower(layout, {})
         self._flat = flatten(self.program)
+        self._readers = [name for name in self._flat if name not in self.program.workers]
         self._known: dict[tuple[object, ...], tuple[float, dict[str, float]]] = {}
 
     def steady(self, step: Step) -> Timeline:
@@ -170,8 +168,8 @@ class Simulator:
             durations = self._contended(step)
             timeline = simulate_steps(self.program, self._flat, durations, [step, step])
             ends = [max(s.end for s in timeline.step(i).spans) for i in (0, 1)]
-            if "disk0" in self.program.engines:
-                cpu = [s for s in timeline.spans if s.engine != "disk0"]
+            if self._readers:
+                cpu = [s for s in timeline.spans if s.engine not in self._readers]
                 ends = [max(s.end for s in cpu if s.step == i) for i in (0, 1)]
             classes = seconds_by_class(timeline.step(1).spans)
             self._known[key] = (ends[1] - ends[0], classes)
@@ -179,10 +177,11 @@ class Simulator:
 
     def _contended(self, step: Step) -> Durations:
         durations = Durations(self.layout, self.program, self.machine, self._costs)
-        if "disk0" not in self.program.engines:
+        if not self._readers:
             return durations
-        disk = sum(
-            durations.of(item, 0, step) for item in self._flat["disk0"] if isinstance(item, Load)
+        disk = max(
+            sum(durations.of(i, 0, step) for i in self._flat[name] if isinstance(i, Load))
+            for name in self._readers
         )
         cpu = max(
             sum(durations.of(i, worker, step) for i in self._flat[name] if isinstance(i, Run))
@@ -242,7 +241,13 @@ def workload_steps(layout: Layout, workload: Workload) -> Iterator[Step]:
 def _signature(step: Step) -> tuple[object, ...]:
     return tuple(
         sorted(
-            (g.prefill, len(g.members), -(-g.q_len // 8) if g.prefill else 1, -(-g.past // QUANTUM))
+            (
+                g.prefill,
+                len(g.members),
+                len(g.unfinished),
+                -(-g.q_len // 8) if g.prefill else 1,
+                -(-g.past // QUANTUM),
+            )
             for g in step.groups
         )
     )

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from dovetail.ir.batching import Step, group_shares
+from dovetail.ir.load_order import LoadOrder
 from dovetail.ir.placement import embed_weights, experts_of
-from dovetail.ir.program import Program
+from dovetail.ir.program import Program, unroll
 from dovetail.ir.task_graph import TaskGraph
 from dovetail.runtime.attention import attention
 from dovetail.runtime.direct_io import Reader, direct_span
@@ -99,7 +100,8 @@ class Runtime:
                 ring.slots, ring.slot_bytes, self.budget, f"ring {ring.name}", ring.consumers
             )
             self._held[ring.name] = [[] for _ in range(ring.slots)]
-        self._loads = dict.fromkeys(self._rings, 0)
+        self._order = LoadOrder({n: tuple(unroll(items)) for n, items in program.engines.items()})
+        self._loads = {name: dict.fromkeys(self._rings, 0) for name in program.engines}
         self._waits = [dict.fromkeys(self._rings, 0) for _ in range(self._workers)]
         layers = range(len(graph.layers))
         self.kv = KvStore(
@@ -194,7 +196,7 @@ class Runtime:
 
     def _thread(self, engine: str) -> threading.Thread:
         worker = DISK_WORKER if engine.startswith("disk") else int(engine.removeprefix("cpu"))
-        function = self._functions[engine.rstrip("0123456789")]
+        function = self._functions.get(engine) or self._functions[engine.rstrip("0123456789")]
 
         def body() -> None:
             torch.set_num_threads(self.program.settings.threads)
@@ -228,7 +230,7 @@ class Runtime:
     # What emitted code calls.
 
     def steps(self, worker: int) -> Iterator[None]:
-        """One turn per step; the disk engine runs ahead and is held back by its rings alone."""
+        """One turn per step; disk engines run ahead and are held back by their rings alone."""
         if worker == DISK_WORKER:
             while not self._stopped:
                 yield
@@ -243,16 +245,16 @@ class Runtime:
             seen += 1
             yield
 
-    def wait_room(self, ring: str) -> None:
-        """Block until the ring's next buffer is free."""
+    def wait_room(self, ring: str, loader: str = "disk0") -> None:
+        """Block until the buffer of the loader's next load is free."""
         begin = clock()
-        self._rings[ring].acquire(self._loads[ring])
-        self._waited("disk0", ring, begin, "room")
+        self._rings[ring].acquire(self._next_load(ring, loader))
+        self._waited(loader, ring, begin, "room")
 
-    def load(self, ring: str, layer: int, chunk: int) -> None:
-        """Read a unit into the ring's next buffer."""
+    def load(self, ring: str, layer: int, chunk: int, loader: str = "disk0") -> None:
+        """Read a unit into its buffer of the ring."""
         begin = clock()
-        n = self._loads[ring]
+        n = self._next_load(ring, loader)
         buffer = self._rings[ring].acquire(n)
         experts = (
             self.program.settings.chunk_experts(layer, chunk) if ring == "experts" else range(0)
@@ -260,12 +262,16 @@ class Runtime:
         unit = self._store.unit(ring, -1 if ring == "head" else layer, experts)
         slot = n % len(self._held[ring])
         self._held[ring][slot] = self._store.read(unit, buffer, streamed=True)
-        self.recorder.add("disk0", "load", ring, layer, begin, clock())
+        self.recorder.add(loader, "load", ring, layer, begin, clock())
 
-    def signal_ready(self, ring: str) -> None:
+    def signal_ready(self, ring: str, loader: str = "disk0") -> None:
         """Let the workers use the load."""
-        self._rings[ring].publish(self._loads[ring])
-        self._loads[ring] += 1
+        self._rings[ring].publish(self._next_load(ring, loader))
+        self._loads[loader][ring] += 1
+
+    def _next_load(self, ring: str, loader: str) -> int:
+        """The number of the load that the loader signals next."""
+        return self._order.number(loader, ring, self._loads[loader][ring])
 
     def wait_ready(self, worker: int, ring: str) -> None:
         """Block until the next load of the ring is there."""

@@ -71,7 +71,7 @@ class Generator:
         limits = {request.index: request.new_tokens for request in requests}
         batcher = Batcher(requests, self._admission)
         while (step := batcher.next_step()) is not None:
-            self._order = [m.index for group in step.groups for m in group.members]
+            self._order = list(step.receivers)
             inputs = [self._inputs(group, prompt) for group in step.groups]
             tokens = self.runtime.run_step(step, inputs).tolist()
             stopped = []
@@ -96,10 +96,13 @@ class Generator:
             held = torch.tensor([[member.held] for member in group.members])
             return {"input_ids": ids, "position_ids": held}
         padded = torch.zeros((len(group.members), group.q_len), dtype=torch.int64)
-        for row, member in zip(padded, group.members, strict=True):
-            tokens = prompt(member.index)
-            row[: len(tokens)] = torch.tensor(tokens)
-        positions = torch.arange(group.q_len).expand(len(group.members), -1)
+        for row, member, length in zip(padded, group.members, group.lengths, strict=True):
+            piece = prompt(member.index)[member.held : member.held + length]
+            row[:length] = torch.tensor(piece)
+        held = torch.tensor([[member.held] for member in group.members])
+        last = held + torch.tensor(group.lengths).unsqueeze(1) - 1
+        # Padding repeats the last position, since the next ones may lie beyond the context.
+        positions = torch.minimum(held + torch.arange(group.q_len), last)
         return {"input_ids": padded, "position_ids": positions}
 
     def _choose(self, logits: Tensor, places: range) -> Tensor:

@@ -15,7 +15,7 @@ class GroupState:
     def __init__(self, group: Group, kv: KvGroup, start: int, values: dict[str, Tensor]) -> None:
         self.group, self.kv, self.start, self.values = group, kv, start, values
         self.seqs, self.q_len = len(group.members), group.q_len
-        self.past = 0 if group.prefill else group.past
+        self.past = group.past
         self.tokens = sum(group.lengths)
         self.valid: Tensor | None = None
         if self.tokens != group.tokens:
@@ -24,9 +24,11 @@ class GroupState:
             self.valid = mask.reshape(-1).nonzero().squeeze(1)
 
     def last_hidden(self) -> Tensor:
-        """The hidden state of every sequence's last new token, ``[seqs, 1, hidden]``."""
+        """The hidden state of the last new token of every sequence that gets a token in this step,
+        ``[receivers, 1, hidden]``."""
         hidden = self.values.pop("hidden")
-        if self.q_len == 1:
+        if self.q_len == 1 and not self.group.unfinished:
             return hidden
+        rows = torch.tensor(self.group.receivers, dtype=torch.int64)
         last = torch.tensor(self.group.lengths) - 1
-        return hidden[torch.arange(self.seqs), last].unsqueeze(1)
+        return hidden[rows, last[rows]].unsqueeze(1)

@@ -122,7 +122,7 @@ class KvGroup:
     ) -> tuple[Tensor, Tensor] | tuple[KvHandle, KvHandle]:
         """Store this step's keys and values ``[seqs, heads, q_len, dim]``; returns all of them.
 
-        In prefill these are ``k`` and ``v`` themselves. Otherwise handles that ``attention``
+        Where no row holds any yet, these are ``k`` and ``v``. Otherwise handles that ``attention``
         reads in place, or with ``materialise`` tensors ``[seqs, heads, past + q_len, dim]``.
         Right padding is not stored.
         """

@@ -36,6 +36,7 @@ def schedule(
     chunk: int = 2,
     slots: int = 2,
     workers: int = 2,
+    readers: int = 1,
 ) -> list[Move]:
     """A schedule with the given layers' dense weights, ``experts`` experts of every layer, and
     embed and head in ram."""
@@ -46,7 +47,7 @@ def schedule(
         Split("experts", "experts", chunk),
         *prefetch_moves(slots, 2),
         Reorder("experts", "resident_first"),
-        Overlap(workers, threads=1),
+        Overlap(workers, threads=1, readers=readers),
     ]
     if embed:
         moves.append(Place("embed", "ram"))

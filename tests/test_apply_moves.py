@@ -132,6 +132,11 @@ REFUSED: dict[str, tuple[list[Move], str]] = {
         "prefetch: slots must be >= 1, found 0",
     ),
     "no workers": (_with(Overlap(0, 1)), "overlap: workers must be >= 1, found 0"),
+    "no readers": (_with(Overlap(1, 1, 0)), "overlap: readers must be >= 1, found 0"),
+    "negative pieces": (
+        [*_without(Dispatch), Dispatch(1, 1, 1, longest=1, refill=True, chunk_tokens=-1)],
+        "dispatch: chunk_tokens must be >= 0, found -1; 0 leaves prompts whole",
+    ),
     "groups without accumulation": (
         _without(Accumulate),
         r"experts are not accumulated over them: add accumulate\(experts, tokens\)",

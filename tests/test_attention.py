@@ -137,6 +137,22 @@ def ids(shape: Shape) -> str:
 
 @pytest.mark.parametrize("shape", SHAPES, ids=ids)
 @pytest.mark.parametrize("materialise", [False, True])
+def test_prompts_in_pieces(shape: Shape, materialise: bool) -> None:
+    torch.manual_seed(0)
+    stride = 400
+    model = Model(shape, 4 * stride)
+    # Rows that begin, rows that go on, one token at a time and more than one block of queries.
+    for held, lengths in (
+        ((0, 0, 0, 0), (20, 20, 9, 1)),
+        ((20, 20, 9), (20, 1, 7)),
+        ((40, 21, 16, 1), (1, 1, 1, 1)),
+        ((41, 22, 17, 2), (300, 270, 3, 12)),
+    ):
+        model.check(make_group(range(len(held)), held, lengths, stride), materialise=materialise)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=ids)
+@pytest.mark.parametrize("materialise", [False, True])
 def test_prefill_then_decode_with_refill(shape: Shape, materialise: bool) -> None:
     torch.manual_seed(0)
     stride = 40

@@ -60,7 +60,7 @@ def test_calibrate_measures_every_figure(tmp_path: Path, checkpoint: list[Path])
     assert machine.kv_bandwidth["float32"].x == (256.0, 512.0)
     assert machine.disk.x == (4096.0, 8192.0)
     assert machine.memory_bandwidth > 0 and machine.op_seconds > 0
-    assert set(machine.slowdown) == {"cpu|cpu", "cpu|disk", "disk|cpu", "cpu|cpu+disk"}
+    assert set(machine.slowdown) == {"cpu|cpu", "cpu|disk", "disk|cpu", "cpu|cpu+disk", "op|op"}
     assert all(0 < share <= 1 for share in machine.slowdown.values())
     assert machine.workers == host.workers()
     assert machine.tiers["ram"] > 0 and machine.tiers["disk"] > 0

@@ -122,6 +122,11 @@ def test_moves_print_a_line_each() -> None:
             Dispatch(seqs=8, kv_tokens=512, prefill_tokens=64, longest=32, refill=False),
             "dispatch(seqs=8, kv_tokens=512, prefill_tokens=64, longest=32, no refill)",
         ),
+        (
+            Dispatch(8, 512, 64, 32, refill=True, chunk_tokens=16),
+            "dispatch(seqs=8, kv_tokens=512, prefill_tokens=64, longest=32, refill, "
+            "chunk_tokens=16)",
+        ),
         (Place("head", "disk"), "place(head, disk)"),
         (Place("dense", "ram", (0, 1, 2, 5)), "place(dense, ram, layers=[0-2, 5])"),
         (
@@ -132,6 +137,7 @@ def test_moves_print_a_line_each() -> None:
         (Accumulate("experts", "tokens"), "accumulate(experts, tokens)"),
         (Prefetch("experts", 3, 8 << 20), "prefetch(experts, slots=3, block=8MiB)"),
         (Overlap(2, 1), "overlap(workers=2, threads=1)"),
+        (Overlap(2, 1, 3), "overlap(workers=2, threads=1, readers=3)"),
         (Fuse("layer_0", ("norm_0", "attention_0", "kv_0")), "fuse(layer_0, norm_0..kv_0)"),
         (Fuse("layer_0", ("norm_0",)), "fuse(layer_0, norm_0)"),
     ],

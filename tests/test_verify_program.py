@@ -68,6 +68,16 @@ def test_programs_of_placements_are_legal(workers: int, experts: int) -> None:
         verify_program(replace(program, capacity={"ram": 1 << 30}), graph, steps=3)
 
 
+@pytest.mark.parametrize("readers", [2, 3, 4, 7])
+@pytest.mark.parametrize("slots", [1, 2, 5])
+@pytest.mark.parametrize("family", ["olmoe", "deepseek_v2"])
+def test_loads_may_be_dealt_to_several_readers(family: str, slots: int, readers: int) -> None:
+    graph = captured(family)
+    for experts, chunk in ((0, 1), (2, 3), (4, 4)):
+        program = program_of(graph, slots=slots, readers=readers, experts=experts, chunk=chunk)
+        verify_program(program, graph, steps=3)
+
+
 Edit = Callable[[list[Instruction]], None]
 
 
@@ -409,6 +419,39 @@ def test_verify_program_refuses_lists_with(case: str) -> None:
         verify_program(program, graph)
 
 
+DEALT: dict[str, tuple[str, Edit, str]] = {
+    "a load in another reader's turn": (
+        "disk1",
+        _replace(Load("experts", 1, 1), Load("experts", 1, 0)),
+        "ring experts is loaded by disk0 and disk1, expected one engine, or every load of a step",
+    ),
+    "a reader's loads in another order": (
+        "disk1",
+        _swap(Load("experts", 1, 1), Load("experts", 1, 3)),
+        "ring experts is loaded by disk0 and disk1, .* in the order in which the workers take",
+    ),
+    "the signal of another reader's load": (
+        "disk1",
+        _put(LOADED["head"], before=Load("dense", 1)),
+        r"disk1 at signal\(ready, head\) .*nothing was loaded since the last signal",
+    ),
+    "a load without room of its own": (
+        "disk1",
+        _drop(ROOM["dense"], 1),
+        r"disk1 at load\(dense\[3\]\) .*no room was waited for",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DEALT)
+def test_verify_program_refuses_readers_with(case: str) -> None:
+    engine, edit, text = DEALT[case]
+    graph = captured("deepseek_v2")
+    program = edited(program_of(graph, readers=2), engine, edit)
+    with pytest.raises(VerifyError, match=text):
+        verify_program(program, graph)
+
+
 def _ring(program: Program, at: str, /, **changes: object) -> Program:
     rings = [
         replace(ring, **changes) if ring.name == at else ring  # type: ignore[arg-type]
@@ -517,9 +560,10 @@ BAD_PARTS: dict[str, tuple[Callable[[Program], Program], str]] = {
         lambda p: replace(p, engines={"disk0": p.engines["disk0"]}),
         "the program has no compute engine, expected at least cpu0",
     ),
-    "two loaders of a ring": (
+    "two loaders of the same loads": (
         lambda p: replace(p, engines={**p.engines, "disk1": p.engines["disk0"]}),
-        "ring dense is loaded by disk0 and disk1, expected one engine",
+        "ring dense is loaded by disk0 and disk1, expected one engine, or every load of a step by "
+        "one of them, in the order in which the workers take them",
     ),
 }
 

@@ -33,7 +33,10 @@ class Racing:
         self._random = random.Random(seed)
         self._rings = {ring.name: ring for ring in program.rings}
         self._slots: dict[tuple[str, int], object] = {}
-        self._loads = dict.fromkeys(self._rings, 0)
+        self._loads: dict[tuple[str, str], int] = {}
+        self._ready: set[tuple[str, int]] = set()
+        self._parts = {name: _parts(flat(program, name), Load) for name in program.engines}
+        self._order = _parts(flat(program, "cpu0"), Free)
         self._frees: dict[tuple[str, int], int] = {}
         self._phases: dict[tuple[str, int], int] = {}
         # How often an engine has freed (a ring), waited for or signalled (a phase).
@@ -62,12 +65,20 @@ class Racing:
     def _number(self, name: str, what: str, ring: str) -> int:
         return self._count.get((name, what, ring), 0)
 
+    def _next_load(self, name: str, ring: str) -> int:
+        """The number of the engine's next load: where several load a ring, by the workers' list."""
+        count, parts = self._loads.get((name, ring), 0), self._parts[name].get(ring, [])
+        if sum(ring in parts for parts in self._parts.values()) < 2:
+            return count
+        step, at = divmod(count, len(parts))
+        return step * len(self._order[ring]) + self._order[ring].index(parts[at])
+
     def _can_go_on(self, name: str) -> bool:
         match self._lists[name][0][1]:
             case Wait("ready", ring):
-                return self._number(name, "free", ring) < self._loads[ring]
+                return (ring, self._number(name, "free", ring)) in self._ready
             case Wait("room", ring):
-                before = self._loads[ring] - self._rings[ring].slots
+                before = self._next_load(name, ring) - self._rings[ring].slots
                 return (
                     before < 0 or self._frees.get((ring, before), 0) >= self._rings[ring].consumers
                 )
@@ -87,13 +98,15 @@ class Racing:
         del self._lists[name][0]
         match item:
             case Load(ring, layer, chunk):
-                self._slots[ring, self._loads[ring] % self._rings[ring].slots] = (layer, chunk)
+                slot = self._next_load(name, ring) % self._rings[ring].slots
+                self._slots[ring, slot] = (layer, chunk)
             case Run(segment, layer, _, chunk):
                 self._look(name, step, item)
                 key = (name, segment, layer, max(chunk, 0), step)
                 self._ended[key] = self._ended.get(key, 0) + 1
             case Signal("ready", ring):
-                self._loads[ring] += 1
+                self._ready.add((ring, self._next_load(name, ring)))
+                self._loads[name, ring] = self._loads.get((name, ring), 0) + 1
             case Signal(_, phase):
                 number = self._number(name, "signal", phase)
                 self._phases[phase, number] = self._phases.get((phase, number), 0) + 1
@@ -107,7 +120,8 @@ class Racing:
 
     def _look(self, name: str, step: int, item: Load | Run) -> None:
         if isinstance(item, Load):
-            self._slots[item.ring, self._loads[item.ring] % self._rings[item.ring].slots] = None
+            slot = self._next_load(name, item.ring) % self._rings[item.ring].slots
+            self._slots[item.ring, slot] = None
             return
         if item.unit in self._rings:
             number = self._number(name, "free", item.unit) % self._rings[item.unit].slots
@@ -117,6 +131,15 @@ class Racing:
         for worker, segment, layer, chunk in _needs(name, self._workers, item):
             if self._ended.get((worker, segment, layer, chunk, step), 0) != 1:
                 raise Race(f"{name}: {item} before {segment}[{layer}] of {worker}")
+
+
+def _parts(items: Sequence[Flat], kind: type[Load] | type[Free]) -> dict[str, list[object]]:
+    """Layer and chunk of the loads, or frees, of every ring, in order."""
+    found: dict[str, list[object]] = {}
+    for item in items:
+        if isinstance(item, kind):
+            found.setdefault(item.ring, []).append((item.layer, item.chunk))
+    return found
 
 
 def _needs(name: str, workers: Sequence[str], run: Run) -> list[tuple[str, str, int, int]]:
@@ -135,7 +158,7 @@ def _needs(name: str, workers: Sequence[str], run: Run) -> list[tuple[str, str, 
 
 EDITS = st.tuples(
     st.sampled_from(["drop", "swap", "move", "double"]),
-    st.sampled_from(["cpu0", "cpu1", "disk0", "cpu"]),
+    st.sampled_from(["cpu0", "cpu1", "disk0", "disk1", "cpu"]),
     st.integers(0, 60),
     st.integers(0, 60),
 )
@@ -173,13 +196,15 @@ def _races(program: Program) -> bool:
     return False
 
 
-@hypothesis.given(st.lists(EDITS, max_size=2), st.sampled_from([1, 2]))
+@hypothesis.given(
+    st.lists(EDITS, max_size=2), st.sampled_from([1, 2]), st.sampled_from([1, 1, 2, 3])
+)
 @hypothesis.settings(max_examples=400)
 def test_what_is_accepted_runs_without_a_race(
-    edits: list[tuple[str, str, int, int]], slots: int
+    edits: list[tuple[str, str, int, int]], slots: int, readers: int
 ) -> None:
     graph = captured("deepseek_v2")
-    program = program_of(graph, chunk=CHUNK, slots=slots)
+    program = program_of(graph, chunk=CHUNK, slots=slots, readers=readers)
     for kind, engine, first, second in edits:
         program = edited(program, engine, _apply(kind, first, second))
     if _legal(program, graph):

@@ -158,9 +158,10 @@ def moves(setting: Setting, knobs: Knobs) -> tuple[Move, ...] | None:
     """The schedule of these knobs, or None if the budget is too small for it.
 
     ``seqs`` in flight; ``rows`` and ``attn_tokens`` of one attention group; ``prefill_tokens`` of
-    one step; ``chunk`` experts per load and ``slots`` buffers; ``expert_rows``, ``head_rows`` of
-    one GEMM; ``workers``; ``refill`` (continuous batching); ``embed`` (table in ram) and
-    ``resident`` (at most this many bytes of other weights in ram; all that fits by default).
+    one step, in pieces of ``chunk_tokens`` (0: whole prompts); ``chunk`` experts per load and
+    ``slots`` buffers, loaded by ``readers``; ``expert_rows``, ``head_rows`` of one GEMM;
+    ``workers``; ``refill`` (continuous batching); ``embed`` (table in ram) and ``resident`` (at
+    most this many bytes of other weights in ram; all that fits by default).
     """
     seqs, rows = int(knobs["seqs"]), int(knobs["rows"])
     fixed: list[Move] = [
@@ -170,6 +171,7 @@ def moves(setting: Setting, knobs: Knobs) -> tuple[Move, ...] | None:
             int(knobs["prefill_tokens"]),
             setting.workload.longest,
             refill=bool(knobs.get("refill", True)),
+            chunk_tokens=int(knobs.get("chunk_tokens", 0)),
         ),
         *base_moves(setting.graph, setting.budget),
         Split("attention", "seqs", rows),
@@ -179,7 +181,7 @@ def moves(setting: Setting, knobs: Knobs) -> tuple[Move, ...] | None:
         Split("head", "seqs", int(knobs.get("head_rows", 64))),
         *prefetch_moves(int(knobs["slots"]), int(knobs.get("dense_slots", 2))),
         Reorder("experts", "resident_first"),
-        Overlap(int(knobs["workers"]), threads=1),
+        Overlap(int(knobs["workers"]), threads=1, readers=int(knobs.get("readers", 1))),
     ]
     if knobs.get("embed", True):
         fixed.append(Place("embed", "ram"))

@@ -50,7 +50,9 @@ def make_parser() -> argparse.ArgumentParser:
     _show_parser(actions.add_parser("show", help="print a plan, its task graph and program"))
     _check_parser(actions.add_parser("check", help="verify a plan without a solver"))
     _diff_parser(actions.add_parser("diff", help="the moves in which two plans differ"))
+    _explain_parser(actions.add_parser("explain", help="why this plan, and what more would give"))
     _timeline_parser(actions.add_parser("timeline", help="write and draw the timeline"))
+    _report_parser(actions.add_parser("report", help="write all of it as one page with charts"))
     return parser
 
 
@@ -73,7 +75,6 @@ def _demo(options: argparse.Namespace) -> int:
 
 def _model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a model folder")
-    parser.add_argument("--prompts", type=Path, required=True, metavar="IN.jsonl")
     parser.add_argument("--budget", help="such as ram=4GiB; half of this machine's by default")
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
     parser.add_argument("--policy", default="auto", metavar="NAME")
@@ -83,6 +84,7 @@ def _model_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run_parser(parser: argparse.ArgumentParser) -> None:
     _model_arguments(parser)
+    parser.add_argument("--prompts", type=Path, required=True, metavar="IN.jsonl")
     parser.add_argument("--out", type=Path, required=True, metavar="OUT.jsonl")
     parser.add_argument("--plan", type=Path, metavar="PLAN.json", help="use this plan's schedule")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
@@ -116,8 +118,17 @@ def _calibrate(options: argparse.Namespace) -> int:
 
 def _make_parser(parser: argparse.ArgumentParser) -> None:
     _model_arguments(parser)
+    work = parser.add_mutually_exclusive_group(required=True)
+    work.add_argument("--prompts", type=Path, metavar="IN.jsonl", help="plan for these prompts")
+    work.add_argument(
+        "--workload",
+        metavar="WORKLOAD",
+        help="plan for PROMPTSxLENGTH+NEW, a published workload such as mtbench+64, or a JSON "
+        "file; a config.json is then enough of a CHECKPOINT",
+    )
     parser.add_argument("-o", "--out", type=Path, default=Path("plan.json"))
-    parser.set_defaults(command=_plan_make)
+    # Without a value, so that the option beside a workload is seen and refused.
+    parser.set_defaults(command=_plan_make, max_new_tokens=None)
 
 
 def _plan_make(options: argparse.Namespace) -> int:
@@ -160,6 +171,31 @@ def _plan_diff(options: argparse.Namespace) -> int:
     from dovetail.plan_commands import diff
 
     return diff(options.before, options.after)
+
+
+def _explain_parser(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("plan", type=Path, help="a plan, beside the graph.json it was made with")
+    parser.add_argument("--json", action="store_true", help="print it as JSON")
+    parser.set_defaults(command=_plan_explain)
+
+
+def _plan_explain(options: argparse.Namespace) -> int:
+    from dovetail.plan_commands import explain
+
+    return explain(options.plan, as_json=options.json)
+
+
+def _report_parser(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("plan", type=Path, help="a plan, beside the graph.json it was made with")
+    parser.add_argument("-o", "--out", type=Path, default=Path("report.html"))
+    parser.add_argument("--fast", action="store_true", help="leave out what takes solving again")
+    parser.set_defaults(command=_plan_report)
+
+
+def _plan_report(options: argparse.Namespace) -> int:
+    from dovetail.plan_commands import report
+
+    return report(options.plan, options.out, fast=options.fast)
 
 
 def _timeline_parser(parser: argparse.ArgumentParser) -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from dovetail.ir import codec
 from dovetail.ir.errors import InputError, PlanError
-from dovetail.ir.machine import Machine
+from dovetail.ir.machine import Accelerator, Machine
+from dovetail.ir.units import format_bytes, parse_budget
 
 
 def shipped_machines() -> list[str]:
@@ -57,6 +58,35 @@ def save_machine(machine: Machine, path: Path) -> None:
         ) from error
 
 
+def machine_budget(text: str | None, machine: Machine) -> dict[str, int]:
+    """The bytes of each tier that ``text`` allows on ``machine``; half of its ram by default.
+
+    A GPU's memory is allowed whole unless ``text`` names hbm; ``hbm=0`` leaves the GPU out. Raises
+    InputError for a tier that the machine has not, or not that much of, and for a missing ram.
+    """
+    budget = parse_budget(text) if text else {"ram": machine.tiers["ram"] // 2}
+    if "ram" not in budget:
+        raise InputError(
+            f"budget {text!r} names no ram, which every plan needs: add ram=SIZE, up to "
+            f"{format_bytes(machine.tiers['ram'])} on {machine.name}"
+        )
+    for tier, size in budget.items():
+        if tier not in machine.tiers:
+            raise InputError(
+                f"budget {text!r}: found the tier {tier}, which the machine {machine.name} has "
+                f"not; expected one of {', '.join(machine.tiers)}: leave {tier} out or name "
+                "another machine"
+            )
+        if size > machine.tiers[tier]:
+            raise InputError(
+                f"budget {text!r}: found {tier}={format_bytes(size, up=True)}, but the machine "
+                f"{machine.name} has {format_bytes(machine.tiers[tier])}: give at most that"
+            )
+    if machine.accelerator is not None:
+        budget.setdefault("hbm", machine.tiers["hbm"])
+    return {tier: size for tier, size in budget.items() if tier != "hbm" or size}
+
+
 def _folder() -> Traversable:
     return resources.files("dovetail").joinpath("machines")
 
@@ -89,9 +119,9 @@ def _check(machine: Machine) -> None:
     if machine.workers < 1:
         raise PlanError(f"$.workers: found {machine.workers}, expected at least 1")
     for field in ("memory_bandwidth", "op_seconds"):
-        value = getattr(machine, field)
-        if not (math.isfinite(value) and value > 0):
-            raise PlanError(f"$.{field}: found {value}, expected a positive number")
+        _positive(f"$.{field}", getattr(machine, field))
+    for field in ("fresh_bandwidth", "process_bytes"):
+        _not_negative(f"$.{field}", getattr(machine, field))
     for tier, size in machine.tiers.items():
         if size < 1:
             raise PlanError(f"$.tiers.{tier}: found {size}, expected bytes above 0")
@@ -104,3 +134,30 @@ def _check(machine: Machine) -> None:
     for field in ("gemm", "attention", "kv_bandwidth"):
         if not getattr(machine, field):
             raise PlanError(f"$.{field}: found no dtype, expected a curve for one at least")
+    if machine.accelerator is None and "hbm" in machine.tiers:
+        raise PlanError("$.tiers.hbm: found a tier of a GPU, expected an accelerator beside it")
+    if machine.accelerator is not None:
+        _check_accelerator(machine.accelerator)
+        if "hbm" not in machine.tiers:
+            raise PlanError("$.tiers: the tier 'hbm' is missing, expected the accelerator's bytes")
+
+
+def _check_accelerator(gpu: Accelerator) -> None:
+    if gpu.count < 1:
+        raise PlanError(f"$.accelerator.count: found {gpu.count}, expected at least 1")
+    for field in ("hbm_bandwidth", "op_seconds"):
+        _positive(f"$.accelerator.{field}", getattr(gpu, field))
+    _not_negative("$.accelerator.peer_bandwidth", gpu.peer_bandwidth)
+    for field in ("gemm", "attention"):
+        if not getattr(gpu, field):
+            raise PlanError(f"$.accelerator.{field}: found no dtype, expected one curve at least")
+
+
+def _positive(where: str, value: float) -> None:
+    if not (math.isfinite(value) and value > 0):
+        raise PlanError(f"{where}: found {value}, expected a positive number")
+
+
+def _not_negative(where: str, value: float) -> None:
+    if not (math.isfinite(value) and value >= 0):
+        raise PlanError(f"{where}: found {value}, expected a number of at least 0")

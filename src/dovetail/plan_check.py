@@ -12,9 +12,8 @@ from dovetail.ir.program import unroll
 from dovetail.ir.task_graph import TaskGraph
 from dovetail.ir.units import format_bytes, format_duration
 from dovetail.passes.apply_moves import Layout, apply_moves
-from dovetail.passes.bound import bound
 from dovetail.passes.lower import lower
-from dovetail.passes.memory import ram_bytes
+from dovetail.passes.predict import least_time, peaks, verify_layout
 
 GRAPH_FILE = "graph.json"
 ROUNDING = 1e-9
@@ -102,6 +101,10 @@ class PlanCheck:
 
         if self.graph is None:
             return Found("not lowered", skipped=True)
+        if self.layout.device is not None:
+            plan = self.plan
+            found = verify_layout(self.layout, plan.machine, plan.budget, plan.workload)
+            return Found(f"{found} are legal")
         program = lower(self.layout, self.plan.budget)
         verify_program(program, self.graph)
         count = sum(len(list(unroll(items))) for items in program.engines.values())
@@ -109,23 +112,26 @@ class PlanCheck:
 
     def check_memory(self) -> Found:
         """The peak, computed again if there is a graph, is within the budget."""
-        budget = self.plan.budget["ram"]
         if self.graph is None:
-            peak, source = self.plan.prediction.peak_bytes, "stated"
+            found, source = self.plan.prediction.peaks, "stated"
         else:
-            peak, source = sum(ram_bytes(self.layout).values()), "computed again"
-        if peak > budget:
-            raise BudgetError(
-                f"the peak of ram is {format_bytes(peak, up=True)} ({source}), expected at most "
-                f"the budget of {format_bytes(budget)}; plan again"
-            )
-        return Found(f"peak {format_bytes(peak)} ({source}) of ram={format_bytes(budget)}")
+            found, source = peaks(self.layout, self.plan.machine), "computed again"
+        texts = []
+        for tier, peak in found.items():
+            budget = self.plan.budget[tier]
+            if peak > budget:
+                raise BudgetError(
+                    f"the peak of {tier} is {format_bytes(peak, up=True)} ({source}), expected at "
+                    f"most the budget of {format_bytes(budget)}; plan again"
+                )
+            texts.append(f"peak {format_bytes(peak)} ({source}) of {tier}={format_bytes(budget)}")
+        return Found(", ".join(texts))
 
     def check_bound(self) -> Found:
         """No schedule can be faster than the bound, so the prediction is not."""
         plan, least, source = self.plan, self.plan.bound, "stated"
         if self.graph is not None:
-            least = bound(self.graph, plan.machine, plan.budget["ram"], plan.workload)
+            least = least_time(self.graph, plan.machine, plan.budget, plan.workload)
             source = "computed again"
         seconds = plan.prediction.seconds
         if least.seconds > seconds * (1 + ROUNDING):

@@ -1,9 +1,10 @@
-"""`dovetail plan make`, `show`, `check`, `diff` and `timeline`.
+"""`dovetail plan make`, `show`, `check`, `diff`, `explain`, `timeline` and `report`.
 
 Only `make` needs torch; the others read the plan and the ``graph.json`` beside it.
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,42 +12,71 @@ from pathlib import Path
 
 from dovetail.ir.errors import DovetailError, InputError, OutputError
 from dovetail.ir.plan import load_plan, save_plan
+from dovetail.ir.workload import Workload
 from dovetail.plan_check import PlanCheck, load_graph
 from dovetail.plan_diff import diff_text
 
+NEW_TOKENS = 64
+"""New tokens of every prompt where neither a workload nor an option says how many."""
+
 
 def make(options: argparse.Namespace) -> int:
-    """Plan a checkpoint for a file of prompts, save the plan with its graph and print it.
-
-    Raises DovetailError.
+    """Plan a checkpoint or a configuration for a file of prompts or a workload, save the plan with
+    its graph and print it. Raises DovetailError.
     """
-    from dovetail.checkpoint import ModelFolder
     from dovetail.ir.printer import print_plan
-    from dovetail.ir.workload import Workload
-    from dovetail.planning import Request, plan_here
-    from dovetail.run import load_prompts, ram_budget
+    from dovetail.machine_files import load_machine, machine_budget
+    from dovetail.planning import Model, Request, plan_here
+    from dovetail.run import ram_budget
+    from dovetail.workloads import check_context
 
     out: Path = options.out
     if out.is_dir():
         raise InputError(f"-o {out}: found a folder, expected a file; give {out / 'plan.json'}")
-    budget = ram_budget(options.budget)
-    prompts = load_prompts(ModelFolder.open(options.checkpoint), options).prompts
+    if options.machine:
+        budget = machine_budget(options.budget, load_machine(options.machine))
+    else:
+        budget = ram_budget(options.budget)
+    workload = _workload(options)
+    model = Model.open(options.checkpoint, _note)
+    if options.workload:
+        check_context(workload, model.captured.graph.context)
     request = Request(
         checkpoint=str(options.checkpoint),
         budget=budget,
-        workload=Workload.of([len(p.input_ids) for p in prompts], options.max_new_tokens),
+        workload=workload,
         policy=options.policy,
         machine=options.machine,
     )
     with _written(out):
         out.parent.mkdir(parents=True, exist_ok=True)
-    plan, captured = plan_here(request, _note)
+    plan, captured = plan_here(request, _note, model)
     with _written(out):
         captured.save(out.parent)
         save_plan(plan, out)
     print(print_plan(plan))
     print(f"\nplan: {out}")
     return 0
+
+
+def _workload(options: argparse.Namespace) -> Workload:
+    """The workload that --workload names, or that of --prompts and --max-new-tokens."""
+    from dovetail.checkpoint import ModelFolder
+    from dovetail.run import load_prompts
+    from dovetail.workloads import load_workload
+
+    if options.workload:
+        if options.skip_bad or options.max_new_tokens is not None:
+            raise InputError(
+                f"--workload {options.workload}: found --max-new-tokens or --skip-bad too, which "
+                "go with --prompts; a workload says itself how many new tokens, as in "
+                "1024x512+256: leave the option out"
+            )
+        return load_workload(options.workload)
+    if options.max_new_tokens is None:
+        options.max_new_tokens = NEW_TOKENS
+    prompts = load_prompts(ModelFolder.open(options.checkpoint), options).prompts
+    return Workload.of([len(p.input_ids) for p in prompts], options.max_new_tokens)
 
 
 def show(path: Path, *, graph: bool, program: bool) -> int:
@@ -109,6 +139,34 @@ def timeline(path: Path, out: Path, picture: Path | None) -> int:
 
         draw(compared, picture, _note)
         print(f"picture of one layer: {picture}")
+    return 0
+
+
+def explain(path: Path, *, as_json: bool) -> int:
+    """Print why the plan is what it is and what more of each resource would give, by solving again.
+
+    Raises PlanError if the ``graph.json`` beside it is not there or not the plan's.
+    """
+    from dovetail.plan_explain import explain as explained
+    from dovetail.plan_explain_text import explanation_text
+
+    plan = load_plan(path)
+    found = explained(load_graph(path, plan), plan, _note)
+    print(json.dumps(found.as_dict(), indent=1) if as_json else explanation_text(found))
+    return 0
+
+
+def report(path: Path, out: Path, *, fast: bool) -> int:
+    """Write the plan's report, one page with all charts; ``fast`` solves nothing again.
+
+    Raises DovetailError.
+    """
+    from dovetail.plan_report import findings, write_report
+    from dovetail.plan_report_sections import html
+
+    plan = load_plan(path)
+    write_report(html(findings(load_graph(path, plan), plan, path.parent, fast, _note)), out)
+    print(f"report: {out}")
     return 0
 
 

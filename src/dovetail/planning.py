@@ -7,7 +7,7 @@ tracer, the search) is never in the memory of the process that runs.
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,13 +23,17 @@ from dovetail.system_errors import as_output_error
 from dovetail.tuning_db.database import Database, default_path
 
 PLAN_FILE = "plan.json"
+CONFIG_FILE = "config.json"
+WEIGHT_ENDINGS = (".safetensors", ".index.json", ".bin", ".pt", ".pth")
+"""A folder with such a file holds weights, or should: that they cannot be read must be said."""
 Note = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What to plan. ``machine`` names a machine file, "" for this machine; ``plan`` a plan file
-    whose moves are to be used instead of a search."""
+    """What to plan. ``checkpoint`` is a model folder, or a config.json or a folder with no weights
+    beside it; ``machine`` names a machine file, "" for this machine; ``plan`` a plan file whose
+    moves are to be used instead of a search."""
 
     checkpoint: str
     budget: Mapping[str, int]
@@ -40,16 +44,45 @@ class Request:
     plan: str = ""
 
 
-def plan_here(request: Request, note: Note) -> tuple[Plan, Captured]:
-    """Plan in this process. Raises DovetailError."""
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A captured model, the digest of its weights and their files; without weights "" and none."""
+
+    captured: Captured
+    digest: str = ""
+    files: tuple[Path, ...] = ()
+
+    @classmethod
+    def open(cls, path: Path, note: Note) -> "Model":
+        """Capture the model folder, or the config.json, at ``path``. Raises DovetailError."""
+        config = _config_alone(path)
+        if config is not None:
+            return cls(captured_config(config, note))
+        folder = ModelFolder.open(path)
+        files = tuple(shard.file for shard in folder.index.shards)
+        return cls(captured_model(folder, note), folder.index.digest(), files)
+
+
+def _config_alone(path: Path) -> Path | None:
+    """The config.json at ``path`` if no weights are to be read with it."""
+    if path.name == CONFIG_FILE:
+        return path
+    if not (path / CONFIG_FILE).is_file():
+        return None
+    weights = any(entry.name.endswith(WEIGHT_ENDINGS) for entry in path.iterdir())
+    return None if weights else path / CONFIG_FILE
+
+
+def plan_here(request: Request, note: Note, model: Model | None = None) -> tuple[Plan, Captured]:
+    """Plan in this process, ``model`` if it is open already. Raises DovetailError."""
     from dovetail.passes.choose import choose
 
-    folder = ModelFolder.open(Path(request.checkpoint))
-    captured = captured_model(folder, note)
-    machine = find_machine(request.machine, folder, note)
+    model = model or Model.open(Path(request.checkpoint), note)
+    captured = model.captured
+    machine = find_machine(request.machine, model.files, note)
     if request.plan:
         given = load_plan(Path(request.plan))
-        plan = _adopt(given, request, captured, machine, folder)
+        plan = _adopt(given, request, captured, machine, model.digest)
         _verify(plan, captured)
         return plan, captured
     plan = choose(
@@ -59,7 +92,7 @@ def plan_here(request: Request, note: Note) -> tuple[Plan, Captured]:
         request.workload,
         policy=request.policy,
         knobs=request.knobs,
-        checkpoint=folder.index.digest(),
+        checkpoint=model.digest,
     )
     _verify(plan, captured)
     return plan, captured
@@ -67,22 +100,21 @@ def plan_here(request: Request, note: Note) -> tuple[Plan, Captured]:
 
 def _verify(plan: Plan, captured: Captured) -> None:
     """Hold the plan's program against the specification before anything runs on it."""
-    from dovetail.ir.verify import verify_graph, verify_program
+    from dovetail.ir.verify import verify_graph
     from dovetail.passes.apply_moves import apply_moves
-    from dovetail.passes.lower import lower
+    from dovetail.passes.predict import verify_layout
 
     verify_graph(captured.graph)
-    verify_program(lower(apply_moves(captured.graph, plan.moves), plan.budget), captured.graph)
+    layout = apply_moves(captured.graph, plan.moves)
+    verify_layout(layout, plan.machine, plan.budget, plan.workload)
 
 
 def _adopt(
-    plan: Plan, request: Request, captured: Captured, machine: Machine, folder: ModelFolder
+    plan: Plan, request: Request, captured: Captured, machine: Machine, checkpoint: str
 ) -> Plan:
     """The given plan's schedule with predictions for this machine and workload."""
     from dovetail.passes.apply_moves import apply_moves
-    from dovetail.passes.bound import bound
-    from dovetail.passes.cost import Costs
-    from dovetail.passes.simulate import Simulator
+    from dovetail.passes.predict import least_time, predict
 
     graph = captured.graph
     if plan.graph != codec.digest(graph):
@@ -98,26 +130,27 @@ def _adopt(
             f"{layout.dispatch.longest} tokens, but the longest has {request.workload.longest}; "
             "plan again for this workload"
         )
-    needed = request.workload.longest + request.workload.new_tokens - 1
+    needed = min(graph.context, request.workload.longest + request.workload.new_tokens - 1)
     if needed > layout.dispatch.kv_tokens:
         raise PlanError(
             f"{request.plan}: its KV store holds {layout.dispatch.kv_tokens} tokens, but the "
             f"longest prompt needs {needed}; plan again for this workload"
         )
-    prediction = Simulator(layout, machine, Costs(machine)).predict(request.workload)
-    if prediction.peak_bytes > request.budget["ram"]:
-        raise BudgetError(
-            f"{request.plan}: the plan needs ram={format_bytes(prediction.peak_bytes, up=True)}, "
-            f"the budget is {format_bytes(request.budget['ram'])}; raise the budget or plan again"
-        )
+    prediction = predict(layout, machine, request.workload)
+    for tier, peak in prediction.peaks.items():
+        if peak > request.budget[tier]:
+            raise BudgetError(
+                f"{request.plan}: the plan needs {tier}={format_bytes(peak, up=True)}, the budget "
+                f"is {format_bytes(request.budget[tier])}; raise the budget or plan again"
+            )
     return replace(
         plan,
-        checkpoint=folder.index.digest(),
+        checkpoint=checkpoint,
         machine=machine,
         budget=dict(request.budget),
         workload=request.workload,
         prediction=prediction,
-        bound=bound(graph, machine, request.budget["ram"], request.workload),
+        bound=least_time(graph, machine, request.budget, request.workload),
     )
 
 
@@ -127,17 +160,41 @@ def _describe(model: Mapping[str, str | int]) -> str:
 
 def captured_model(folder: ModelFolder, note: Note) -> Captured:
     """The folder's task graph, from the cache if it was captured before."""
+
+    def capture() -> Captured:
+        from dovetail.capture.capture import capture_checkpoint
+
+        return capture_checkpoint(folder.path, folder.entries)
+
+    return _cached([dict(folder.config), folder.index.digest()], capture, note)
+
+
+def captured_config(path: Path, note: Note) -> Captured:
+    """The task graph of a config.json, with the checkpoint keys that transformers would save.
+
+    Raises CheckpointError if there is no such file, CaptureError if it cannot be understood.
+    """
+    from dovetail.capture.build import read_config
+
+    config = read_config(path.parent)
+
+    def capture() -> Captured:
+        from dovetail.capture.capture import capture_config
+
+        return capture_config(config)
+
+    return _cached([path.read_text(encoding="utf-8")], capture, note)
+
+
+def _cached(key: Sequence[object], capture: Callable[[], Captured], note: Note) -> Captured:
+    """What was captured for ``key`` before, with these versions, or else what ``capture`` gives."""
     import transformers
 
-    key = codec.digest(
-        [dict(folder.config), folder.index.digest(), transformers.__version__, CAPTURE_VERSION]
-    )
-    place = default_path().parent / "captured" / key
+    name = codec.digest([*key, transformers.__version__, CAPTURE_VERSION])
+    place = default_path().parent / "captured" / name
     if (place / "graph.json").exists():
         return load_captured(place)
-    from dovetail.capture.capture import capture_checkpoint
-
-    captured = capture_checkpoint(folder.path, folder.entries)
+    captured = capture()
     note(f"captured {_describe(captured.graph.model)} in {captured.seconds:.1f} s")
     captured.save(place)
     return captured
@@ -147,8 +204,9 @@ CAPTURE_VERSION = 1
 """Raised when capture changes what it makes, so that older cached graphs are left alone."""
 
 
-def find_machine(name: str, folder: ModelFolder, note: Note) -> Machine:
-    """The machine file ``name``, or this machine: calibrated before, or calibrated now."""
+def find_machine(name: str, weights: Sequence[Path], note: Note) -> Machine:
+    """The machine file ``name``, or this machine with the disk that holds ``weights``, or without
+    any that of torch: calibrated before, or calibrated now."""
     from dovetail.calibration import calibrate_and_store
     from dovetail.machine_files import load_machine
     from dovetail.runtime import calibrate_host as host
@@ -156,7 +214,7 @@ def find_machine(name: str, folder: ModelFolder, note: Note) -> Machine:
 
     if name:
         return load_machine(name)
-    files = [shard.file for shard in folder.index.shards]
+    files = list(weights) or host.library_files()
     device = host.disk_device(files[0])
     with Database.open() as database:
         known = database.latest_calibration(host.silicon(), device, host.software(), PROTOCOL)

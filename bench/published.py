@@ -1,0 +1,191 @@
+"""Published throughputs next to what the planner predicts for the same policy and machine.
+
+    python bench/published.py --out bench/results/published.json
+
+Nothing is fitted: machines are the described ones, the policy is the paper's, and its knobs are
+chosen by our search. ``decode`` cells compare decode steps alone, ``all`` cells count prefill too,
+as the source does.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from dovetail.ir.errors import DovetailError
+from dovetail.ir.machine import Machine
+from dovetail.ir.plan import Plan
+from dovetail.ir.task_graph import TaskGraph
+from dovetail.ir.workload import Workload
+from dovetail.machine_files import load_machine
+from dovetail.passes.apply_moves import apply_moves
+from dovetail.passes.choose import choose
+from dovetail.passes.gpu_cost import GpuCosts
+from dovetail.passes.gpu_predict import GpuPredictor
+
+CONFIGS = Path(__file__).parent / "configs"
+PROMPTS = 4096
+"""Prompts of a cell whose source does not say how many."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One published figure: tokens/s of ``system`` as ``policy``; ``counts`` what it is measured
+    over (decode or all)."""
+
+    source: str
+    system: str
+    policy: str
+    machine: str
+    model: str
+    prompt: int
+    new: int
+    counts: str
+    published: float
+
+
+def cells() -> Iterator[Cell]:
+    """The figures, with where they were printed."""
+    lengths = (32, 64, 128, 256)
+    moe_lightning = {
+        ("t4-192gb", "MoE-Lightning", "cgopipe", 77): (63.0, 101.3, 97.7, 96.9),
+        ("l4-192gb", "MoE-Lightning", "cgopipe", 77): (203.0, 294.5, 217.5, 167.9),
+        # FlexGen and DeepSpeed pad every prompt to the longest, which has 418 tokens.
+        ("t4-192gb", "FlexGen", "zigzag", 418): (12.1, 12.3, 9.5, 9.6),
+        ("l4-192gb", "FlexGen", "zigzag", 418): (29.2, 34.9, 37.2, 28.8),
+        ("t4-192gb", "DeepSpeed", "model_batch", 418): (7.1, 7.6, 7.8, 6.7),
+        ("l4-192gb", "DeepSpeed", "model_batch", 418): (12.7, 13.3, 12.1, 11.8),
+    }
+    for (machine, system, policy, prompt), figures in moe_lightning.items():
+        for new, figure in zip(lengths, figures, strict=True):
+            source = "MoE-Lightning, MTBench table and artefact (arXiv 2411.11217)"
+            yield Cell(source, system, policy, machine, "Mixtral-8x7B", prompt, new, "all", figure)
+    moe_gen = {
+        "Mixtral-8x7B": (27, 33, 89, 469),
+        "Mixtral-8x22B": (4, 5, 9, 91),
+        "DeepSeek-V2": (1, 1, 1, 31),
+    }
+    systems = (
+        ("DeepSpeed", "model_batch"),
+        ("FlexGen*", "zigzag"),
+        ("MoE-Lightning*", "cgopipe"),
+        ("MoE-Gen", "module_batch"),
+    )
+    for model, figures in moe_gen.items():
+        for (system, policy), figure in zip(systems, figures, strict=True):
+            source = "MoE-Gen, table 6 (arXiv 2503.09716)"
+            yield Cell(source, system, policy, "a5000-512gb", model, 512, 256, "decode", figure)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A cell with our predictions in tokens/s, and how long planning took."""
+
+    cell: Cell
+    predicted: float | None
+    auto: float | None
+    auto_policy: str
+    seconds: float
+
+
+def row(cell: Cell, graph: TaskGraph, machine: Machine) -> Row:
+    """Predict a cell's own policy and ``auto``."""
+    workload = Workload(((cell.prompt, PROMPTS),), cell.new)
+    budget = {name: machine.tiers[name] for name in ("hbm", "ram")}
+    begin = time.perf_counter()
+    own = _planned(graph, machine, budget, workload, cell.policy)
+    best = _planned(graph, machine, budget, workload, "auto")
+    return Row(
+        cell,
+        _rate(own, graph, cell) if own else None,
+        _rate(best, graph, cell) if best else None,
+        best.policy if best else "-",
+        time.perf_counter() - begin,
+    )
+
+
+def _planned(
+    graph: TaskGraph, machine: Machine, budget: dict[str, int], workload: Workload, policy: str
+) -> Plan | None:
+    try:
+        return choose(graph, machine, budget, workload, policy=policy)
+    except DovetailError as error:
+        print(f"{policy}: {error}", file=sys.stderr)
+        return None
+
+
+def _rate(plan: Plan, graph: TaskGraph, cell: Cell) -> float:
+    if cell.counts == "all":
+        work = plan.prediction.seconds - plan.prediction.setup_seconds
+        return plan.prediction.tokens / work
+    layout = apply_moves(graph, plan.moves)
+    predictor = GpuPredictor(layout, GpuCosts(plan.machine, graph.dtype))
+    phases = [p for p in predictor.phases(plan.workload) if p.work.decode]
+    tokens = sum(p.steps * p.work.decode.seqs for p in phases if p.work.decode)
+    return tokens / sum(p.steps * predictor.step(p.work)[0] for p in phases)
+
+
+def table(rows: list[Row]) -> str:
+    """The rows in Markdown, and the median ratio."""
+    lines = [
+        "| model | machine | prompt+new | system | policy | published | predicted | ratio | auto "
+        "| by |",
+        "|" + "---|" * 10,
+    ]
+    ratios = []
+    for r in rows:
+        c = r.cell
+        ratio = r.predicted / c.published if r.predicted else None
+        ratios += [ratio] if ratio else []
+        figures = [f"{c.published:g}", _text(r.predicted), _text(ratio), _text(r.auto)]
+        head = [c.model, c.machine, f"{c.prompt}+{c.new} ({c.counts})", c.system, c.policy]
+        lines.append("| " + " | ".join([*head, *figures, r.auto_policy]) + " |")
+    if ratios:
+        off = statistics.median(abs(r - 1) for r in ratios)
+        lines.append(
+            f"\nmedian of predicted ÷ published {statistics.median(ratios):.2f} over {len(ratios)} "
+            f"cells; median distance from 1: {off:.0%}"
+        )
+    return "\n".join(lines)
+
+
+def _text(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"
+
+
+def captured(name: str) -> TaskGraph:
+    """The task graph of a model from its config alone."""
+    from transformers import AutoConfig
+
+    from dovetail.capture.capture import capture_config
+
+    return capture_config(AutoConfig.from_pretrained(CONFIGS / name)).graph
+
+
+def main() -> int:
+    """Print the table and write every figure."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--models", default="", help="only these, by comma")
+    options = parser.parse_args()
+    rows: list[Row] = []
+    graphs: dict[str, TaskGraph] = {}
+    for cell in cells():
+        if options.models and cell.model not in options.models.split(","):
+            continue
+        graph = graphs.setdefault(cell.model, captured(cell.model))
+        rows.append(row(cell, graph, load_machine(cell.machine)))
+        print(
+            f"{cell.model} {cell.machine} {cell.system} {rows[-1].seconds:.1f} s", file=sys.stderr
+        )
+    print(table(rows))
+    options.out.write_text(json.dumps([asdict(r) for r in rows], indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

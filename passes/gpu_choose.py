@@ -1,0 +1,179 @@
+"""Choose for a machine with a GPU: `graph, machine, budget, workload, policy -> plan`.
+
+Every policy searches its free knobs by a short simulation; its best few are simulated in full.
+``auto`` takes the best of all policies, the joint one included, which begins its search at the
+others' answers: it is never predicted worse than any of them.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from dovetail.ir.codec import digest
+from dovetail.ir.errors import BudgetError, InputError
+from dovetail.ir.machine import Machine
+from dovetail.ir.moves import Move
+from dovetail.ir.plan import VERSION, Candidate, Certificate, Plan, Prediction
+from dovetail.ir.task_graph import TaskGraph
+from dovetail.ir.units import format_bytes
+from dovetail.ir.workload import Workload
+from dovetail.passes.apply_moves import apply_moves
+from dovetail.passes.gpu_bound import gpu_bound
+from dovetail.passes.gpu_cost import GpuCosts
+from dovetail.passes.gpu_memory import HBM_SHARE, RAM_SHARE, tier_bytes
+from dovetail.passes.gpu_overlap import overlap
+from dovetail.passes.gpu_predict import GpuPredictor
+from dovetail.passes.policies.common import Knobs
+from dovetail.passes.policies.gpu import GPU_POLICIES, GpuPolicy, GpuSetting, ladders, moves, starts
+from dovetail.solvers.ladder_search import LadderSearch
+
+CLIMBS, FINALISTS = 2, 4
+"""Starts from which a policy's search climbs, and schedules of each policy that are simulated."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Choice:
+    policy: str
+    knobs: Knobs
+    moves: tuple[Move, ...]
+    prediction: Prediction
+
+
+def choose_gpu(
+    graph: TaskGraph,
+    machine: Machine,
+    budget: Mapping[str, int],
+    workload: Workload,
+    policy: str = "auto",
+    knobs: Knobs | None = None,
+    checkpoint: str = "",
+) -> Plan:
+    """The best plan of ``policy``, or of all for ``auto``; with ``knobs`` exactly that schedule.
+
+    Raises BudgetError if nothing fits and InputError for an unknown policy.
+    """
+    if policy != "auto" and policy not in GPU_POLICIES:
+        known = ", ".join(["auto", *GPU_POLICIES])
+        raise InputError(f"policy {policy!r} is not known here; choose one of {known}")
+    setting = GpuSetting(
+        graph, machine, int(budget["hbm"] * HBM_SHARE), int(budget["ram"] * RAM_SHARE), workload
+    )
+    search = _Search(setting, GpuCosts(machine, graph.dtype))
+    names = list(GPU_POLICIES) if policy == "auto" else [policy]
+    choices: list[_Choice] = []
+    candidates: list[Candidate] = []
+    for name in names:
+        more = [c.knobs for c in choices] if name == "joint" else []
+        found = search.best_of(GPU_POLICIES[name], knobs, more)
+        choices += found
+        candidates += [Candidate(c.policy, dict(c.knobs), c.prediction.seconds) for c in found]
+        if not found:
+            candidates.append(Candidate(name, {}, None, _refusal(budget)))
+    if not choices:
+        raise BudgetError(_too_small(setting, budget))
+    best = min(choices, key=lambda c: c.prediction.seconds)
+    certificates: tuple[Certificate, ...] = ()
+    if policy == "auto":
+        # A published policy keeps its own order; ours may take the solver's.
+        best, certificates = search.overlapped(best)
+    return Plan(
+        version=VERSION,
+        model=graph.model,
+        graph=digest(graph),
+        checkpoint=checkpoint,
+        machine=machine,
+        budget=dict(budget),
+        workload=workload,
+        policy=best.policy,
+        knobs=dict(best.knobs),
+        moves=best.moves,
+        prediction=best.prediction,
+        bound=gpu_bound(graph, machine, budget, workload),
+        candidates=tuple(candidates),
+        certificates=certificates,
+    )
+
+
+class _Search:
+    """Schedules of one setting; what two policies share is worked out once."""
+
+    def __init__(self, setting: GpuSetting, costs: GpuCosts) -> None:
+        self._setting, self._costs = setting, costs
+        self._ladders = ladders(setting)
+
+    def best_of(self, policy: GpuPolicy, fixed: Knobs | None, more: list[Knobs]) -> list[_Choice]:
+        """The policy's best schedules, simulated, best first; the search begins at its own starts,
+        then again at ``more``."""
+        if fixed:
+            found: list[list[Knobs]] = [[fixed]]
+        else:
+            free = {name: self._ladders[name] for name in policy.free}
+            solver = LadderSearch(self._seconds, free)
+            begins = [list(starts(self._setting, policy)), more]
+            found = [list(solver.solve(points, CLIMBS).value) for points in begins if points]
+        choices = [c for points in found for c in self._finalists(policy, points)]
+        return sorted(choices, key=lambda c: c.prediction.seconds)
+
+    def _finalists(self, policy: GpuPolicy, points: Sequence[Knobs]) -> list[_Choice]:
+        """The best few, no two with the same number of sequences in flight."""
+        choices: dict[int | bool, _Choice] = {}
+        for knobs in points:
+            if len(choices) == FINALISTS:
+                break
+            if knobs["seqs"] not in choices:
+                choice = self._simulated(policy, knobs)
+                if choice is not None:
+                    choices[knobs["seqs"]] = choice
+        return list(choices.values())
+
+    def overlapped(self, choice: _Choice) -> tuple[_Choice, tuple[Certificate, ...]]:
+        """The choice with the overlap solver's pipelines where they make it faster, and what is
+        proved about every loop body."""
+        graph, workload = self._setting.graph, self._setting.workload
+        predictor = GpuPredictor(apply_moves(graph, choice.moves), self._costs)
+        found = overlap(predictor, workload)
+        moves = (*choice.moves, *found.moves)
+        prediction = GpuPredictor(apply_moves(graph, moves), self._costs).predict(workload)
+        if prediction.seconds < choice.prediction.seconds:
+            choice = replace(choice, moves=moves, prediction=prediction)
+        return choice, found.certificates
+
+    def _seconds(self, knobs: Knobs) -> float | None:
+        found = moves(self._setting, knobs)
+        if found is None:
+            return None
+        layout = apply_moves(self._setting.graph, found)
+        return GpuPredictor(layout, self._costs).estimate(self._setting.workload)
+
+    def _simulated(self, policy: GpuPolicy, knobs: Knobs) -> _Choice | None:
+        found = moves(self._setting, knobs)
+        if found is None:
+            return None
+        layout = apply_moves(self._setting.graph, found)
+        prediction = GpuPredictor(layout, self._costs).predict(self._setting.workload)
+        return _Choice(policy.name, knobs, found, prediction)
+
+
+def _refusal(budget: Mapping[str, int]) -> str:
+    sizes = ",".join(f"{name}={format_bytes(size)}" for name, size in budget.items())
+    return f"no schedule tried fits {sizes}"
+
+
+def _too_small(setting: GpuSetting, budget: Mapping[str, int]) -> str:
+    least = {name: format_bytes(size, up=True) for name, size in smallest(setting).items()}
+    return (
+        f"{_refusal(budget)}; one sequence at a time needs hbm={least['hbm']} and "
+        f"ram={least['ram']}: give at least that, or shorter prompts"
+    )
+
+
+def smallest(setting: GpuSetting) -> dict[str, int]:
+    """Bytes of each tier that one sequence at a time needs, everything streamed from disk."""
+    roomy = replace(setting, hbm=1 << 62, ram=1 << 62)
+    knobs = {**next(iter(starts(roomy, GPU_POLICIES["module_batch"]))), "resident": 0, "seqs": 1}
+    found = moves(roomy, knobs)
+    assert found is not None
+    used = tier_bytes(apply_moves(setting.graph, found), setting.gpus)
+    return {
+        "hbm": int(sum(used["hbm"].values()) / HBM_SHARE),
+        "ram": int((sum(used["ram"].values()) - used["ram"]["resident"]) / RAM_SHARE),
+    }

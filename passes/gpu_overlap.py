@@ -1,0 +1,99 @@
+"""Overlap: `predictor, workload -> pipeline moves`, from the modulo schedule of every loop body.
+
+The solver's schedule is cut into one order per engine, which the simulator follows (and an executor
+can, with queues and events); a move is made only where that beats the policy's own order.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from dovetail.ir.moves import Move, Pipeline
+from dovetail.ir.plan import Certificate
+from dovetail.ir.workload import Workload
+from dovetail.passes.gpu_predict import GpuPredictor
+from dovetail.passes.loop_body import TICK, Loop, Order, StepWork
+from dovetail.passes.loop_simulate import pace
+from dovetail.solvers import modulo_schedule
+from dovetail.solvers.loop_problem import LoopProblem, ModuloSchedule
+
+WORK = 0.5
+"""Deterministic work of the solver for one loop body; about as many seconds."""
+RESOLUTION = 1500
+"""Ticks of a period that the solver sees; finer ones only cost it time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Overlapped:
+    """Pipeline moves and what is proved about every loop body."""
+
+    moves: tuple[Move, ...]
+    certificates: tuple[Certificate, ...]
+
+
+def overlap(predictor: GpuPredictor, workload: Workload) -> Overlapped:
+    """Pipeline moves for the steps of a workload, one kind of step and layer after the other."""
+    moves: list[Move] = []
+    certificates: list[Certificate] = []
+    for work, layer in _distinct(predictor, workload):
+        loop = predictor.loop(work, layer)
+        before = pace(loop).period
+        found, grain = before, max(1, round(before / TICK / RESOLUTION))
+        coarse = _coarser(loop.problem, grain)
+        solved = modulo_schedule.solve(coarse, work=WORK)
+        if solved.status != "infeasible":
+            better = replace(loop, order=order_of(loop.problem, solved.value))
+            found = pace(better).period
+            if found < before * (1 - 1e-6):
+                moves += _moves(work, layer, loop, better.order)
+        best = min(found, before)
+        bound = (solved.bound or 0) * grain * TICK
+        certificates.append(
+            Certificate(
+                name=f"{work.kind} layer {layer}: period",
+                objective=best,
+                bound=bound,
+                status="optimal" if best <= bound * 1.001 else "feasible",
+            )
+        )
+    return Overlapped(tuple(moves), tuple(certificates))
+
+
+def _distinct(predictor: GpuPredictor, workload: Workload) -> Iterator[tuple[StepWork, int]]:
+    """The longest-running step of each kind, with every kind of layer."""
+    longest: dict[str, tuple[float, StepWork]] = {}
+    for phase in predictor.phases(workload):
+        seconds = phase.steps * predictor.step(phase.work)[0]
+        if seconds > longest.get(phase.work.kind, (0.0, phase.work))[0]:
+            longest[phase.work.kind] = (seconds, phase.work)
+    for _, work in longest.values():
+        for layer, _ in predictor.kinds:
+            yield work, layer
+
+
+def _coarser(problem: LoopProblem, grain: int) -> LoopProblem:
+    """The problem in ticks ``grain`` times as long, rounded down: a bound of it bounds the period
+    of the original from below."""
+    ops = tuple(replace(op, duration=op.duration // grain) for op in problem.ops)
+    return replace(problem, ops=ops)
+
+
+def order_of(problem: LoopProblem, schedule: ModuloSchedule) -> Order:
+    """Every engine's operations in the order of one period, with how far ahead each one is."""
+    order: dict[str, list[tuple[int, int, int, str]]] = {}
+    for index, op in enumerate(problem.ops):
+        turn, at = divmod(schedule.starts[op.name], schedule.period)
+        # Operations that take no time tie: those of earlier iterations go first.
+        order.setdefault(op.engine, []).append((at, -turn, index, op.name))
+    return {
+        engine: tuple(
+            (name, turn - min(t for _, t, _, _ in items)) for _, turn, _, name in sorted(items)
+        )
+        for engine, items in order.items()
+    }
+
+
+def _moves(work: StepWork, layer: int, loop: Loop, order: Order) -> Iterator[Pipeline]:
+    for engine, items in order.items():
+        if items != loop.order[engine]:
+            names, ahead = zip(*items, strict=True)
+            yield Pipeline(work.kind, layer, engine, tuple(names), tuple(ahead))

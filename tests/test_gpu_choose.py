@@ -1,0 +1,187 @@
+"""Plans for machines with a GPU: budgets, bounds, `auto` against policies, and their identities."""
+
+import functools
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.ir_cases import captured
+
+from dovetail.ir.errors import BudgetError, InputError, VerifyError
+from dovetail.ir.machine import Accelerator, Curve, Machine
+from dovetail.ir.moves import Assign, Place
+from dovetail.ir.plan import Plan, load_plan, save_plan
+from dovetail.ir.workload import Workload
+from dovetail.passes.apply_moves import apply_moves
+from dovetail.passes.choose import choose
+from dovetail.passes.gpu_cost import GpuCosts, Shape
+from dovetail.passes.gpu_predict import GpuPredictor
+from dovetail.passes.loop_body import StepWork
+from dovetail.passes.loop_simulate import pace
+from dovetail.passes.policies.gpu import DEFAULTS, GPU_POLICIES, GpuSetting, moves
+from dovetail.passes.predict import peaks, verify_layout
+
+RATE = Curve((1.0, 64.0, 1024.0), (1e9, 2e10, 5e10))
+FAST = Curve((1.0, 64.0, 1024.0), (1e10, 2e11, 1e12))
+GPU = Accelerator(
+    name="paper gpu",
+    count=1,
+    gemm={"float32": FAST},
+    attention={"float32": FAST},
+    hbm_bandwidth=1e11,
+    op_seconds=5e-6,
+    h2d=Curve((4096.0, 1e6), (1e9, 4e9)),
+    d2h=Curve((4096.0, 1e6), (1e9, 4e9)),
+)
+MACHINE = Machine(
+    name="paper",
+    tiers={"ram": 1 << 30, "hbm": 1 << 28},
+    workers=4,
+    gemm={"float32": RATE},
+    attention={"float32": RATE},
+    kv_bandwidth={"float32": Curve((1.0,), (5e9,))},
+    memory_bandwidth=1e10,
+    op_seconds=2e-6,
+    disk=Curve((4096.0, 1e6), (1e8, 1e9)),
+    slowdown={"cpu|cpu": 0.9},
+    accelerator=GPU,
+)
+WORKLOAD = Workload.of([24, 20, 9, 9, 3, 1], 6)
+
+
+def sizes(family: str, share: float, ram: float = 3.0) -> dict[str, int]:
+    """Budgets as shares of the weights."""
+    weights = captured(family).weight_bytes
+    return {"hbm": int(share * weights) + (2 << 20), "ram": int(ram * weights) + (8 << 20)}
+
+
+@functools.cache
+def plan(family: str, share: float, policy: str) -> Plan | None:
+    """The plan, or None where the policy does not fit."""
+    try:
+        return choose(captured(family), MACHINE, sizes(family, share), WORKLOAD, policy)
+    except BudgetError:
+        return None
+
+
+@pytest.mark.parametrize("family", ["olmoe", "deepseek_v2"])
+@pytest.mark.parametrize("share", [0.1, 0.6, 4.0])
+def test_auto_is_never_predicted_worse_than_a_policy(family: str, share: float) -> None:
+    auto = plan(family, share, "auto")
+    assert auto is not None
+    for policy in GPU_POLICIES:
+        one = plan(family, share, policy)
+        if one is not None:
+            assert auto.prediction.seconds <= one.prediction.seconds * (1 + 1e-9), policy
+    assert {c.policy for c in auto.candidates} == set(GPU_POLICIES)
+
+
+@settings(max_examples=8)
+@given(
+    family=st.sampled_from(["olmoe", "deepseek_v2"]),
+    share=st.floats(0.05, 3.0),
+    ram=st.floats(0.3, 3.0),
+    lengths=st.lists(st.integers(1, 60), min_size=1, max_size=12),
+    new=st.integers(1, 8),
+)
+def test_every_plan_is_legal_within_budget_and_above_its_bound(
+    family: str, share: float, ram: float, lengths: list[int], new: int
+) -> None:
+    graph, workload, budget = captured(family), Workload.of(lengths, new), sizes(family, share, ram)
+    for policy in ("module_batch", "cgopipe", "hybrid_cpu_gpu", "nano_overlap"):
+        try:
+            made = choose(graph, MACHINE, budget, workload, policy)
+        except BudgetError as error:
+            assert "no schedule tried fits" in str(error)
+            continue
+        layout = apply_moves(graph, made.moves)
+        verify_layout(layout, MACHINE, budget, workload)
+        assert all(peak <= budget[tier] for tier, peak in peaks(layout, MACHINE).items())
+        assert made.prediction.seconds >= made.bound.seconds
+        assert made.prediction.tokens == workload.prompts * new
+
+
+def setting(family: str = "olmoe", share: float = 1.0) -> GpuSetting:
+    """A setting with budgets as shares of the weights."""
+    budget = sizes(family, share)
+    return GpuSetting(captured(family), MACHINE, budget["hbm"], budget["ram"], WORKLOAD)
+
+
+def step_seconds(knobs: dict[str, int | bool], work: StepWork, share: float = 0.3) -> float:
+    """Seconds of one step of these knobs."""
+    found = moves(setting(share=share), {**DEFAULTS, **knobs})
+    assert found is not None
+    layout = apply_moves(captured("olmoe"), found)
+    return GpuPredictor(layout, GpuCosts(MACHINE, "float32")).step(work)[0]
+
+
+DECODE = StepWork(Shape(6, 1, 20), None)
+
+
+def test_module_batch_with_one_group_is_model_batch() -> None:
+    one = step_seconds({"seqs": 6, "rows": 6, "two_layers": True}, DECODE)
+    other = step_seconds({"seqs": 6, "rows": 6, "accumulate": False, "two_layers": True}, DECODE)
+    assert one == pytest.approx(other, rel=0.02)
+
+
+def test_one_stream_runs_attention_and_products_in_turn() -> None:
+    knobs = {"seqs": 6, "rows": 6, "kv_hbm": 100}
+    layout = apply_moves(captured("olmoe"), moves(setting(share=3.0), {**DEFAULTS, **knobs}) or ())
+    predictor = GpuPredictor(layout, GpuCosts(MACHINE, "float32"))
+    loop = predictor.loop(DECODE, 0)
+    assert set(loop.order) == {"gpu0"}
+    assert pace(loop).period == pytest.approx(loop.loads()["gpu0"])
+
+
+def test_period_is_never_below_the_busiest_engine() -> None:
+    for knobs in ({"rows": 2}, {"rows": 2, "attention_cpu": 50}, {"rows": 3, "experts_cpu": 50}):
+        found = moves(setting(share=0.3), {**DEFAULTS, "seqs": 6, **knobs})
+        layout = apply_moves(captured("olmoe"), found or ())
+        loop = GpuPredictor(layout, GpuCosts(MACHINE, "float32")).loop(DECODE, 0)
+        assert pace(loop).period >= max(loop.loads().values()) * (1 - 1e-9)
+
+
+def test_more_memory_is_never_predicted_slower_by_much() -> None:
+    seconds = [
+        made.prediction.seconds for s in (0.1, 0.3, 0.6, 4.0) if (made := plan("olmoe", s, "auto"))
+    ]
+    assert all(b <= a * 1.05 for a, b in pairwise(seconds))
+
+
+def test_two_gpus_are_predicted_faster_than_one() -> None:
+    budget = sizes("olmoe", 1.0)
+    two = replace(MACHINE, accelerator=replace(GPU, count=2, peer_bandwidth=2e10))
+    one = choose(captured("olmoe"), MACHINE, budget, WORKLOAD, "module_batch")
+    both = choose(captured("olmoe"), two, budget, WORKLOAD, "module_batch")
+    assert both.prediction.seconds < one.prediction.seconds
+
+
+def test_a_plan_with_a_gpu_survives_its_file(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    made = plan("olmoe", 0.6, "auto")
+    assert made is not None
+    save_plan(made, tmp_path / "plan.json")
+    assert load_plan(tmp_path / "plan.json") == made
+
+
+def test_choose_refuses_a_budget_too_small() -> None:
+    with pytest.raises(BudgetError, match=r"no schedule tried fits .*one sequence at a time needs"):
+        choose(captured("olmoe"), MACHINE, {"hbm": 1000, "ram": 1 << 30}, WORKLOAD)
+
+
+def test_choose_refuses_an_unknown_policy() -> None:
+    with pytest.raises(InputError, match="policy 'best' is not known here; choose one of auto"):
+        choose(captured("olmoe"), MACHINE, sizes("olmoe", 1.0), WORKLOAD, "best")
+
+
+def test_place_in_hbm_refuses_a_schedule_without_a_gpu() -> None:
+    with pytest.raises(VerifyError, match=r"needs a GPU; put assign\(all, gpu, 100\) before it"):
+        found = moves(setting(), {**DEFAULTS, "seqs": 2}) or ()
+        apply_moves(captured("olmoe"), [m for m in found if not isinstance(m, Assign)])
+
+
+def test_shares_above_the_whole_are_refused() -> None:
+    found = moves(setting(), {**DEFAULTS, "seqs": 2, "attention_cpu": 60}) or ()
+    with pytest.raises(VerifyError, match="together more than 100 %"):
+        apply_moves(captured("olmoe"), [*found, Place("kv", "hbm", (), 60)])
