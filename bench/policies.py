@@ -29,7 +29,7 @@ from dovetail.passes.choose import choose
 
 CONFIGS = Path(__file__).parent / "configs"
 MODELS = ("Mixtral-8x7B", "Mixtral-8x22B", "Qwen3-30B-A3B", "DeepSeek-V2", "DeepSeek-V3")
-MACHINES = ("laptop-16gb", "rtx4090-64gb", "a5000-512gb", "l4-192gb", "h100-1tb", "8xh100")
+MACHINES = ("rtx4090-64gb", "a5000-512gb", "l4-192gb", "t4-192gb", "h100-1tb", "8xh100")
 WORKLOADS = {
     "chat 77+64": Workload(((77, 4096),), 64),
     "batch 512+256": Workload(((512, 4096),), 256),

@@ -121,8 +121,8 @@ DECODE = StepWork(Shape(6, 1, 20), None)
 
 
 def test_module_batch_with_one_group_is_model_batch() -> None:
-    one = step_seconds({"seqs": 6, "rows": 6, "two_layers": True}, DECODE)
-    other = step_seconds({"seqs": 6, "rows": 6, "accumulate": False, "two_layers": True}, DECODE)
+    one = step_seconds({"seqs": 6, "rows": 6, "layers": 2}, DECODE)
+    other = step_seconds({"seqs": 6, "rows": 6, "accumulate": False, "layers": 2}, DECODE)
     assert one == pytest.approx(other, rel=0.02)
 
 

@@ -86,12 +86,14 @@ DEFAULTS: Knobs = {
     "experts_cpu": 0,
     "resident": 100,
     "streams": 1,
+    "layers": 0,
     "accumulate": True,
     "paged": False,
     "refill": False,
 }
 """``kv_hbm``, ``attention_cpu`` and ``experts_cpu`` in percent; ``resident`` percent of the weights
-that fit are kept in hbm; ``streams`` 2 runs decode attention beside matrix products."""
+that fit are kept in hbm; ``streams`` 2 runs decode attention beside matrix
+products; ``layers`` whole layers of buffers, instead of ``slots`` loads of ``chunk`` experts."""
 
 GPU_POLICIES = {
     policy.name: policy
@@ -104,26 +106,26 @@ GPU_POLICIES = {
         ),
         GpuPolicy(
             "weight_stream",
-            "AirLLM, accelerate, ZeRO-Inference (arXiv 2207.00032)",
-            {"kv_hbm": 100, "resident": 0, "one_batch": True, "two_layers": True},
+            "accelerate, AirLLM: one layer at a time, copied before it is run",
+            {"kv_hbm": 100, "resident": 0, "one_batch": True, "layers": 1, "dense_slots": 1},
             ("seqs",),
         ),
         GpuPolicy(
             "model_batch",
-            "DeepSpeed-style: one batch through every module",
-            {"one_batch": True, "two_layers": True},
-            ("seqs", "kv_hbm"),
+            "DeepSpeed ZeRO-Inference (arXiv 2207.00032): weights streamed, KV on the GPU",
+            {"kv_hbm": 100, "resident": 0, "one_batch": True, "layers": 2},
+            ("seqs",),
         ),
         GpuPolicy(
             "zigzag",
             "FlexGen (arXiv 2303.06865)",
-            {"accumulate": False, "two_layers": True},
-            ("seqs", "rows", "kv_hbm", "attention_cpu"),
+            {"accumulate": False, "layers": 2},
+            ("seqs", "rows", "kv_hbm"),
         ),
         GpuPolicy(
             "cgopipe",
             "MoE-Lightning (arXiv 2411.11217)",
-            {"accumulate": False, "two_layers": True, "paged": True, "attention_cpu": 100},
+            {"accumulate": False, "layers": 2, "paged": True, "attention_cpu": 100},
             ("seqs", "rows"),
         ),
         GpuPolicy(
@@ -250,11 +252,11 @@ def moves(setting: GpuSetting, knobs: Knobs) -> tuple[Move, ...] | None:
 
 def _buffers(setting: GpuSetting, knobs: Knobs) -> tuple[int, int]:
     chunk, slots = int(knobs["chunk"]), int(knobs["slots"])
-    if knobs.get("two_layers"):
-        # Published runtimes keep two whole layers of weights: the current and the next one.
+    if layers := int(knobs["layers"]):
+        # Runtimes that stream whole layers keep the current one, and the next if they prefetch.
         count = max(1, max_experts(setting.graph))
         chunk = max(1, count // 16)
-        slots = 2 * -(-count // chunk)
+        slots = layers * -(-count // chunk)
     return chunk, slots
 
 

@@ -229,9 +229,12 @@ def second_text(found: Explanation) -> str:
 
 
 def reason_rows(found: Explanation) -> list[tuple[str, str]]:
-    """Where the second loses and saves time: seconds with their sign, and the reason."""
+    """Where the second loses and saves time: seconds with their sign, and the reason. Nothing if
+    it is as fast."""
     second = found.second
     if second is None or second.facts is None:
+        return []
+    if abs(second.seconds / found.facts.seconds - 1) <= SAME:
         return []
     return [
         (

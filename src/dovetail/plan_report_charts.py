@@ -258,11 +258,14 @@ def _curve(axes: Axes, points: Sequence[Effect], top: float) -> None:
                       fontsize=11, color=colour("quiet"))  # fmt: skip
     axes.axvline(resource.amount, color=colour("line"), linewidth=1.2)
     axes.set_title(resource_name(resource), loc="left", fontsize=12.5, color=colour("ink"), pad=9)
+    axes.set_xscale("log", base=2)
     low, high = points[0].amount, points[-1].amount
-    axes.set_xlim(low - (high - low) * 0.04, high + (high - low) * 0.04)
+    axes.set_xlim(low * 0.95, high * 1.05)
     axes.set_ylim(0, top)
     ticks = [low, resource.amount, high]
     axes.set_xticks(ticks, [amount_text(resource, t) for t in ticks])
+    axes.set_xticks([], minor=True)
+    axes.tick_params(axis="x", pad=9)
     heights = time_ticks(top)
     axes.set_yticks(heights, [format_duration(t) for t in heights])
     axes.grid(axis="y", color=colour("line"), linewidth=0.8)
