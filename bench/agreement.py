@@ -24,7 +24,7 @@ def agreement_table(result: Path) -> str:
     """The table, in Markdown."""
     data = json.loads(result.read_text(encoding="utf-8"))
     cells: dict[tuple[str, float, str], list[Point]] = {}
-    for point in data["accuracy"]["points"]:
+    for point in data["sections"]["accuracy"]["points"]:
         key = (point["checkpoint"], point["budget"], point["prompts"])
         predicted, measured = point["seconds"]
         cells.setdefault(key, []).append(Point(point["policy"], predicted, measured))

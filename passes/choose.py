@@ -5,6 +5,7 @@ among the best of each policy. ``auto`` takes the best over all policies, so it 
 worse than any of them.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -24,8 +25,10 @@ from dovetail.passes.memory import ram_bytes
 from dovetail.passes.policies import POLICIES, chunked_prefill
 from dovetail.passes.policies.common import Knobs, Policy, Setting
 from dovetail.passes.search import Found, Search
-from dovetail.passes.simulate import Simulator
+from dovetail.passes.simulate import Simulator, workload_steps
 
+HOPELESS = 3.0
+"""A schedule this many times slower than the best so far is not simulated to its end."""
 FINALISTS = 4
 """Schedules of each policy that are simulated in full."""
 
@@ -63,7 +66,8 @@ def choose(
     choices: list[_Choice] = []
     candidates: list[Candidate] = []
     for name in names:
-        found, tried = _best_of(setting, POLICIES[name], costs, knobs)
+        best_so_far = min((c.prediction.seconds for c in choices), default=math.inf)
+        found, tried = _best_of(setting, POLICIES[name], costs, knobs, HOPELESS * best_so_far)
         choices += found
         candidates += tried
     if not choices:
@@ -87,26 +91,35 @@ def choose(
 
 
 def _best_of(
-    setting: Setting, policy: Policy, costs: Costs, fixed: Knobs | None
+    setting: Setting, policy: Policy, costs: Costs, fixed: Knobs | None, limit: float
 ) -> tuple[list[_Choice], list[Candidate]]:
     search = Search(policy, setting, costs)
     one = search.attempt(fixed) if fixed else None
     found = ([one] if one else []) if fixed else _diverse(search.run())
-    choices = [_simulated(setting, policy, schedule, costs) for schedule in found]
-    choices.sort(key=lambda c: c.prediction.seconds)
+    simulated = [_simulated(setting, policy, schedule, costs, limit) for schedule in found]
+    choices = sorted((c for c in simulated if c), key=lambda c: c.prediction.seconds)
     if choices and not fixed:
         choices = _polished(setting, policy, search, choices, costs)
     candidates = [Candidate(c.policy, dict(c.knobs), c.prediction.seconds) for c in choices]
-    if not choices:
+    if found and not choices:
+        why = f"given up in simulation after {limit:.1f} s, {HOPELESS:g} times the best"
+        candidates.append(Candidate(policy.name, dict(found[0].knobs), None, why))
+    elif not choices:
         tried = search.refused
         why = f"none of {tried} schedules tried fits ram={format_bytes(setting.budget)}"
         candidates.append(Candidate(policy.name, {}, None, why))
     return choices, candidates
 
 
-def _simulated(setting: Setting, policy: Policy, schedule: Found, costs: Costs) -> _Choice:
+def _simulated(
+    setting: Setting, policy: Policy, schedule: Found, costs: Costs, limit: float
+) -> _Choice | None:
+    """The schedule with its prediction, or None if it takes longer than ``limit`` seconds."""
     layout = apply_moves(setting.graph, schedule.moves)
-    prediction = Simulator(layout, setting.machine, costs).predict(setting.workload)
+    steps = workload_steps(layout, setting.workload)
+    prediction = Simulator(layout, setting.machine, costs).predict_within(steps, limit)
+    if prediction is None:
+        return None
     return _Choice(policy.name, schedule.knobs, schedule.moves, prediction)
 
 
@@ -124,8 +137,8 @@ def _polished(
     """The choices, best first, after simulating the neighbours of the best: the estimate that
     ranked them knows nothing of how a run begins and ends."""
     for schedule in search.neighbours(choices[0].knobs):
-        choice = _simulated(setting, policy, schedule, costs)
-        if choice.prediction.seconds < choices[0].prediction.seconds:
+        choice = _simulated(setting, policy, schedule, costs, choices[0].prediction.seconds)
+        if choice is not None:
             choices.insert(0, choice)
     return choices
 

@@ -5,27 +5,20 @@ policies that the plan was chosen from. More of a resource never makes a plan wo
 plan's own schedule stays possible; the search, which proves nothing, is held to that.
 """
 
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from dovetail.ir.batching import Step
 from dovetail.ir.errors import BudgetError
 from dovetail.ir.machine import Accelerator, Curve, Machine
 from dovetail.ir.moves import Move
 from dovetail.ir.plan import Plan
-from dovetail.ir.program import Load, Run, Wait
 from dovetail.ir.task_graph import TaskGraph
 from dovetail.ir.workload import Workload
-from dovetail.passes.apply_moves import Layout, apply_moves
+from dovetail.passes.apply_moves import apply_moves
 from dovetail.passes.choose import choose
-from dovetail.passes.cost import Costs
-from dovetail.passes.gpu_cost import GpuCosts
-from dovetail.passes.gpu_predict import GpuPredictor
+from dovetail.passes.engine_use import EngineUse, engine_use
 from dovetail.passes.predict import predict
-from dovetail.passes.replay import replay_step
-from dovetail.passes.simulate import Simulator, workload_steps
 
 GIB = 1 << 30
 SMALL_BUDGET = 4 * GIB
@@ -34,8 +27,6 @@ MORE_BANDWIDTH = 1e9
 """Bytes/s by which a link is made faster."""
 MORE_RATE = 0.25
 """Share by which products are made faster, and by which small budgets grow."""
-SHAPES = 24
-"""Kinds of steps that are simulated to see how busy the engines are."""
 Knobs = Mapping[str, int | bool]
 Note = Callable[[str], None]
 Kind = Literal["tier", "link", "rate"]
@@ -62,23 +53,6 @@ class Effect:
     seconds: float | None
     policy: str = ""
     knobs: Knobs | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class EngineUse:
-    """What an engine does over the whole workload, set-up left out: ``seconds`` in all, ``busy``
-    of them working, and those that it waits by what for: ``ready`` and a ring, ``room`` and a ring,
-    ``phase`` and a phase, as in ``ready:experts``."""
-
-    engine: str
-    seconds: float
-    busy: float
-    waits: Mapping[str, float]
-
-    @property
-    def share(self) -> float:
-        """Share of the time in which it works."""
-        return self.busy / self.seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,15 +137,17 @@ def curve(
     note: Note,
 ) -> tuple[Effect, ...]:
     """The best schedule with each of these multiples of a resource, least first; ``base`` is that
-    of once as much."""
+    of once as much, and stays what it is where less was found to be faster."""
     points: list[Effect] = []
+    best = Effect(resource, 0, None)
     for factor in sorted({*factors, 1.0}):
         if factor == 1:
             point = replace(base, resource=resource, amount=resource.amount)
         else:
             note(f"solving again with {factor:g} times the {resource.kind} {resource.name}")
-            point = _effect(graph, plan, resource, resource.amount * factor)
-        points.append(_at_most(point, points[-1]) if points else point)
+            point = _at_most(_effect(graph, plan, resource, resource.amount * factor), best)
+        points.append(point)
+        best = _at_most(point, best)
     return tuple(points)
 
 
@@ -237,67 +213,3 @@ def _scaled(curve: Curve, factor: float) -> Curve:
 
 def _all_scaled(curves: Mapping[str, Curve], factor: float) -> dict[str, Curve]:
     return {name: _scaled(each, factor) for name, each in curves.items()}
-
-
-def engine_use(graph: TaskGraph, plan: Plan) -> tuple[EngineUse, ...]:
-    """How busy every engine is over the workload, from one simulated step of each shape. With a
-    GPU it is not known what an engine waits for."""
-    layout = apply_moves(graph, plan.moves)
-    if layout.device is not None:
-        return _gpu_use(layout, plan)
-    simulator = Simulator(layout, plan.machine, Costs(plan.machine))
-    total = 0.0
-    busy: dict[str, float] = defaultdict(float)
-    waits: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
-    for steps in _shapes(list(workload_steps(layout, plan.workload))):
-        step, count = steps[len(steps) // 2], len(steps)
-        total += count * simulator.step_seconds(step)[0]
-        for engine, done in replay_step(simulator.program, simulator.steady(step)).items():
-            for each in done:
-                seconds = count * (each.end - each.start)
-                if isinstance(each.item, Load | Run):
-                    busy[engine] += seconds
-                elif isinstance(each.item, Wait) and seconds:
-                    waits[engine][f"{each.item.what}:{each.item.name}"] += seconds
-    return tuple(
-        EngineUse(name, total, busy[name], dict(waits[name])) for name in simulator.program.engines
-    )
-
-
-def _gpu_use(layout: Layout, plan: Plan) -> tuple[EngineUse, ...]:
-    predictor = GpuPredictor(layout, GpuCosts(plan.machine, layout.graph.dtype))
-    busy: dict[str, float] = defaultdict(float)
-    for phase in predictor.phases(plan.workload):
-        for layer, count in predictor.kinds:
-            for engine, seconds in predictor.loop(phase.work, layer).loads().items():
-                busy[engine] += phase.steps * count * seconds
-    seconds = plan.prediction.seconds - plan.prediction.setup_seconds
-    return tuple(EngineUse(engine, seconds, busy[engine], {}) for engine in sorted(busy))
-
-
-def _shapes(steps: Sequence[Step]) -> list[list[Step]]:
-    """The steps by shape, lengths rounded as much as it takes to have few shapes."""
-    quantum = 64
-    while True:
-        shapes: dict[tuple[object, ...], list[Step]] = defaultdict(list)
-        for step in steps:
-            shapes[_shape(step, quantum)].append(step)
-        if len(shapes) <= SHAPES or quantum > max(
-            g.past + g.q_len for s in steps for g in s.groups
-        ):
-            return list(shapes.values())
-        quantum *= 2
-
-
-def _shape(step: Step, quantum: int) -> tuple[object, ...]:
-    return tuple(
-        sorted(
-            (
-                group.prefill,
-                len(group.members),
-                -(-group.q_len // quantum),
-                -(-group.past // quantum),
-            )
-            for group in step.groups
-        )
-    )

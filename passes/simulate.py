@@ -4,6 +4,7 @@ Every engine runs its list in order; a wait ends when what it waits for has happ
 each other as the machine was calibrated. Steps of one shape are simulated once, in steady state.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -204,6 +205,12 @@ class Simulator:
 
     def predict_steps(self, steps: Iterable[Step]) -> Prediction:
         """Time and bytes of these steps, set-up included."""
+        found = self.predict_within(steps, math.inf)
+        assert found is not None
+        return found
+
+    def predict_within(self, steps: Iterable[Step], limit: float) -> Prediction | None:
+        """``predict_steps``, or None as soon as these steps take longer than ``limit`` seconds."""
         layout = self.layout
         setup = resident_bytes(layout)
         setup_seconds = setup / self._setup_rate()
@@ -212,6 +219,8 @@ class Simulator:
         for step in steps:
             one, parts = self.step_seconds(step)
             seconds += one
+            if seconds > limit:
+                return None
             count += 1
             tokens += step.seqs
             for name, value in parts.items():

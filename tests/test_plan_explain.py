@@ -21,6 +21,7 @@ from dovetail.ir.task_graph import TaskGraph
 from dovetail.passes.apply_moves import apply_moves
 from dovetail.passes.choose import choose
 from dovetail.passes.cost import Costs
+from dovetail.passes.engine_use import engine_use
 from dovetail.passes.replay import buffers_held, replay_step
 from dovetail.passes.sensitivity import (
     GIB,
@@ -28,14 +29,14 @@ from dovetail.passes.sensitivity import (
     Resource,
     Sensitivity,
     curve,
-    engine_use,
     policy_of,
     resources,
     with_amount,
 )
 from dovetail.passes.simulate import Simulator, workload_steps
 from dovetail.plan_explain import Explanation, Facts, explain, reasons
-from dovetail.plan_explain_text import explanation_text, more_text, wait_text
+from dovetail.plan_explain_text import explanation_text
+from dovetail.plan_words import more_text, wait_text
 
 Made = tuple[TaskGraph, Plan]
 
@@ -153,6 +154,14 @@ def test_a_curve_falls_and_says_where_nothing_fits(quick: Made) -> None:
     assert points[0].seconds is None
     assert points[1].seconds is not None and points[2].seconds is not None
     assert points[2].seconds <= points[1].seconds
+
+
+def test_a_curve_leaves_the_plan_where_it_is(quick: Made) -> None:
+    graph, plan = quick
+    ram = resources(graph, plan)[0]
+    slow = Effect(ram, ram.amount, plan.prediction.seconds * 1e3)
+    points = curve(graph, plan, slow, ram, (0.9, 1.5), quiet)
+    assert [point.seconds == slow.seconds for point in points] == [False, True, False]
 
 
 def test_solving_again_is_among_the_plans_policies(made: Made, quick: Made) -> None:

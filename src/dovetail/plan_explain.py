@@ -11,8 +11,9 @@ from dovetail.ir.plan import Candidate, Plan
 from dovetail.ir.task_graph import TaskGraph
 from dovetail.passes.apply_moves import apply_moves
 from dovetail.passes.choose import choose
+from dovetail.passes.engine_use import EngineUse, engine_use
 from dovetail.passes.memory import resident_bytes
-from dovetail.passes.sensitivity import EngineUse, Knobs, Note, Sensitivity, engine_use, sensitivity
+from dovetail.passes.sensitivity import Knobs, Note, Sensitivity, sensitivity
 
 SMALL = 0.02
 """Share of a difference below which a reason for it is not named."""

@@ -14,11 +14,12 @@ from dovetail.ir.plan import Plan
 from dovetail.ir.task_graph import TaskGraph
 from dovetail.ir.timeline import Span
 from dovetail.passes.apply_moves import Layout, apply_moves
+from dovetail.passes.engine_use import EngineUse, engine_use
 from dovetail.passes.gpu_cost import GpuCosts
 from dovetail.passes.gpu_predict import GpuPredictor
 from dovetail.passes.lower import lower, segments
 from dovetail.passes.replay import buffers_held
-from dovetail.passes.sensitivity import Effect, EngineUse, Note, curve, engine_use, resources
+from dovetail.passes.sensitivity import Effect, Note, curve, resources
 from dovetail.plan_explain import Explanation, explain
 from dovetail.timeline_file import REPORT_FILE, Compared, compare
 from dovetail.timeline_panel import Panel, segment_classes

@@ -8,8 +8,11 @@ from matplotlib.patches import Rectangle
 
 from dovetail.ir.plan import Candidate, Plan
 from dovetail.ir.units import format_bytes, format_duration
-from dovetail.passes.sensitivity import Effect, EngineUse, Sensitivity
-from dovetail.plan_explain_text import (
+from dovetail.passes.engine_use import EngineUse
+from dovetail.passes.sensitivity import Effect, Sensitivity
+from dovetail.plan_report_lanes import LEFT, RIGHT, WIDTH, figure, fill, legend, place
+from dovetail.plan_report_svg import colour, hint
+from dovetail.plan_words import (
     amount_text,
     engine_name,
     knobs_text,
@@ -17,8 +20,6 @@ from dovetail.plan_explain_text import (
     resource_name,
     wait_text,
 )
-from dovetail.plan_report_lanes import LEFT, RIGHT, WIDTH, figure, fill, legend, place
-from dovetail.plan_report_svg import colour, hint
 
 ROW = 34
 LETTER = 6.6
@@ -109,7 +110,7 @@ def candidates(plan: Plan, best: Sequence[Candidate]) -> Figure:
     left = 24 + LETTER * max(len(c.policy) for c in best)
     whole = figure(row * len(best) + 60)
     axes = place(whole, left, 26, RIGHT + 50, row * len(best))
-    axes.set_xlim(0, max(c.seconds for c in plan.candidates if c.seconds is not None))
+    axes.set_xlim(0, 1.06 * max(map(_seconds, best)))
     axes.set_ylim(len(best) - 0.5, -0.5)
     axes.set_yticks(range(len(best)), [c.policy for c in best], color=colour("ink"), fontsize=12.5)
     for y, candidate in enumerate(best):
@@ -117,10 +118,10 @@ def candidates(plan: Plan, best: Sequence[Candidate]) -> Figure:
         bar = _part(0, y, _seconds(candidate), "accent", _candidate_text(candidate))
         bar.set_alpha(1.0 if won else 0.5)
         axes.add_patch(bar)
-        others = [c for c in plan.candidates if c.policy == candidate.policy and c.seconds]
-        for other in others:
-            if other is not candidate:
-                _dot(axes, _seconds(other), y, 6.5, _candidate_text(other))
+        for other in plan.candidates:
+            took = other.seconds if other.policy == candidate.policy else None
+            if took is not None and _seconds(candidate) < took < axes.get_xlim()[1]:
+                _dot(axes, took, y, 6.5, _candidate_text(other))
         slower = _seconds(candidate) / plan.prediction.seconds - 1
         note = "" if won or slower < 0.0005 else f"  {slower:+.1%}"
         axes.annotate(

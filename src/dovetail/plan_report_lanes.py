@@ -10,8 +10,8 @@ from matplotlib.patches import Patch, Rectangle
 
 from dovetail.ir.timeline import Span
 from dovetail.ir.units import format_bytes, format_duration
-from dovetail.plan_explain_text import engine_order
 from dovetail.plan_report_svg import colour, hint
+from dovetail.plan_words import engine_order
 from dovetail.timeline_panel import Panel, span_class
 
 WIDTH = 960

@@ -2,6 +2,7 @@
 
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
+from math import inf
 
 from dovetail import plan_report_charts as charts
 from dovetail import plan_report_lanes as timed
@@ -12,22 +13,24 @@ from dovetail.passes.sensitivity import Effect
 from dovetail.plan_explain import best_of_policies
 from dovetail.plan_explain_text import (
     again_text,
-    amount_text,
     binding_text,
     changed_text,
+    reason_rows,
+    second_text,
+)
+from dovetail.plan_report import Findings, tiers
+from dovetail.plan_report_page import Child, chart, grid, hidden, page, section, tag, tile
+from dovetail.plan_report_svg import draw
+from dovetail.plan_words import (
+    amount_text,
     engine_name,
     engine_order,
     grouped,
     knobs_text,
     more_text,
-    reason_rows,
     resource_name,
-    second_text,
     wait_texts,
 )
-from dovetail.plan_report import Findings, tiers
-from dovetail.plan_report_page import Child, chart, grid, hidden, page, section, tag, tile
-from dovetail.plan_report_svg import draw
 from dovetail.timeline_panel import Panel
 
 
@@ -207,6 +210,11 @@ def _curve_parts(found: Findings) -> Iterator[ET.Element]:
         for points in found.curves
     )
     caption = "The best schedule found with half to twice as much; the large dot is this plan."
+    if any(_seconds_or(p) < _seconds_or(b) for b, p in _with_less(found)):
+        caption += (
+            " Less gives a shorter time where the search, which proves nothing, came upon a better "
+            "schedule there: plan again within that."
+        )
     yield chart(draw(lambda: charts.curves(found.curves), "curves", label), caption)
     rows = [
         (resource_name(p.resource), amount_text(p.resource, p.amount), _seconds(p), p.policy)
@@ -214,6 +222,17 @@ def _curve_parts(found: Findings) -> Iterator[ET.Element]:
         for p in points
     ]
     yield hidden("As a table", grid(("resource", "amount", "time", "policy"), rows, (1, 2)))
+
+
+def _with_less(found: Findings) -> Iterator[tuple[Effect, Effect]]:
+    """The plan's own point of every curve and each point with less of the resource."""
+    for points in found.curves:
+        own = next(p for p in points if p.amount == p.resource.amount)
+        yield from ((own, p) for p in points if p.amount < own.amount)
+
+
+def _seconds_or(point: Effect) -> float:
+    return inf if point.seconds is None else point.seconds
 
 
 def _seconds(point: Effect | Candidate) -> str:
@@ -236,7 +255,7 @@ def _details(plan: Plan) -> ET.Element:
         "plan",
         "The plan",
         tag("table", tag("tbody", *rows)),
-        *([grid(head, proved, (1, 2))] if proved else []),
+        *([hidden("What solvers proved", grid(head, proved, (1, 2)))] if proved else []),
         hidden(f"All {len(plan.moves)} moves", tag("pre", moves)),
     )
 
