@@ -63,8 +63,8 @@ def _bad_size(text: str, why: str) -> InputError:
 def format_bytes(size: int, *, up: bool = False) -> str:
     """Return a size of ``size`` bytes for people, as in ``3.75 GiB``, to the nearest hundredth.
 
-    With ``up`` the number is rounded up, so that the text names at least ``size`` bytes: use it
-    wherever a person will type the number back as a budget.
+    With ``up`` the number is rounded up and the text has no space, as in ``3.76GiB``, so that it
+    names at least ``size`` bytes and can be given back as a budget.
     """
     if size < 0:
         return "-" + format_bytes(-size)
@@ -76,7 +76,7 @@ def format_bytes(size: int, *, up: bool = False) -> str:
         # Judged after rounding, so that 1023.999 KiB prints as 1.00 MiB.
         if hundredths < 1024 * 100:
             break
-    return f"{hundredths // 100}.{hundredths % 100:02d} {unit}"
+    return f"{hundredths // 100}.{hundredths % 100:02d}{'' if up else ' '}{unit}"
 
 
 def parse_duration(text: str) -> float:

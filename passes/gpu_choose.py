@@ -75,6 +75,11 @@ def choose_gpu(
     if policy == "auto":
         # A published policy keeps its own order; ours may take the solver's.
         best, certificates = search.overlapped(best)
+        chosen = (best.policy, dict(best.knobs))
+        candidates = [
+            replace(c, seconds=best.prediction.seconds) if (c.policy, c.knobs) == chosen else c
+            for c in candidates
+        ]
     return Plan(
         version=VERSION,
         model=graph.model,

@@ -12,7 +12,7 @@ from dovetail.ir.timeline import Span, Timeline
 from dovetail.passes.loop_body import TICK, Loop
 from dovetail.solvers.loop_problem import Hold, Op
 
-WARM, MEASURED = 3, 3
+WARM, MEASURED = 4, 4
 """Iterations before the period is measured, and over how many."""
 
 
@@ -26,11 +26,15 @@ class Pace:
 
 def pace(loop: Loop) -> Pace:
     """How fast layers follow each other."""
-    run = _Run(loop, WARM + MEASURED)
+    ahead = max(shift for order in loop.order.values() for _, shift in order)
+    # The last iterations have nothing to run ahead for, so they are not measured.
+    last = WARM + MEASURED
+    run = _Run(loop, last + ahead)
     run.finish()
-    ends = [run.end_of(i) for i in range(WARM + MEASURED)]
-    period = (ends[-1] - ends[WARM - 1]) / MEASURED
-    return Pace(period * TICK, max(0.0, ends[-1] - period * (WARM + MEASURED)) * TICK)
+    ends = [run.end_of(i) for i in range(last + ahead)]
+    busiest = max(loop.loads().values()) / TICK
+    period = max((ends[last - 1] - ends[WARM - 1]) / MEASURED, busiest)
+    return Pace(period * TICK, max(0.0, ends[-1] - period * (last + ahead)) * TICK)
 
 
 def timeline(loop: Loop, iterations: int) -> Timeline:

@@ -280,7 +280,7 @@ def test_refuses_a_file(tmp_path: Path) -> None:
 def test_refuses_too_little_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 0, 50_000_000))
-    with pytest.raises(InputError, match=r"needs 12\.\d\d GiB in .*, and the disk has 47\.68 MiB"):
+    with pytest.raises(InputError, match=r"needs 12\.\d\dGiB in .*, and the disk has 47\.68 MiB"):
         write_demo(tmp_path / "new", "OLMoE-1B-7B")
     assert not (tmp_path / "new").exists()
 

@@ -136,7 +136,13 @@ def test_one_stream_runs_attention_and_products_in_turn() -> None:
 
 
 def test_period_is_never_below_the_busiest_engine() -> None:
-    for knobs in ({"rows": 2}, {"rows": 2, "attention_cpu": 50}, {"rows": 3, "experts_cpu": 50}):
+    paged = {"accumulate": False, "layers": 2, "paged": True, "attention_cpu": 100, "rows": 2}
+    for knobs in (
+        {"rows": 2},
+        {"rows": 2, "attention_cpu": 50},
+        {"rows": 3, "experts_cpu": 50},
+        paged,
+    ):
         found = moves(setting(share=0.3), {**DEFAULTS, "seqs": 6, **knobs})
         layout = apply_moves(captured("olmoe"), found or ())
         loop = GpuPredictor(layout, GpuCosts(MACHINE, "float32")).loop(DECODE, 0)

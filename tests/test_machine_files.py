@@ -127,7 +127,7 @@ def test_machine_budget_of_a_gpu_machine() -> None:
         ("hbm=1GiB", "names no ram, which every plan needs: add ram=SIZE, up to 16.00 GiB"),
         ("ram=1GiB,hbm=1GiB", "the tier hbm, which the machine laptop-16gb has not.*ram, disk"),
         ("ram=1GiB,peer=1GiB", "the tier peer, which the machine laptop-16gb has not"),
-        ("ram=16.1GiB", "found ram=16.10 GiB, but the machine laptop-16gb has 16.00 GiB"),
+        ("ram=16.1GiB", "found ram=16.10GiB, but the machine laptop-16gb has 16.00 GiB"),
         ("vram=1GiB", "found the tier 'vram'"),
     ],
 )

@@ -53,7 +53,8 @@ def engines(uses: Sequence[EngineUse]) -> Figure:
     axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "25 %", "50 %", "75 %", "100 %"])
     axes.grid(axis="x", color=colour("line"), linewidth=0.8)
     axes.set_axisbelow(True)
-    legend(whole, [("accent", "works"), ("wait", "waits")])
+    waits_known = any(use.waits for use in uses)
+    legend(whole, [("accent", "works"), *([("wait", "waits")] if waits_known else [])])
     return whole
 
 

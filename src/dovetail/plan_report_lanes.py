@@ -69,7 +69,11 @@ def lanes(panels: Sequence[Panel], classes: Mapping[str, str]) -> Figure:
         axes.tick_params(labelbottom=number == len(panels) - 1)
     axes.set_xlabel("milliseconds since the layer began", loc="left")
     present = {_class(span, classes) for panel in panels for span in panel.spans}
-    legend(whole, [(look, label) for kind, (look, label) in LOOKS.items() if kind in present])
+    labels: dict[str, str] = {}
+    for kind, (look, label) in LOOKS.items():
+        if kind in present:
+            labels[look] = f"{labels[look]}, {label}" if look in labels else label
+    legend(whole, list(labels.items()))
     return whole
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from dovetail.checkpoint import ModelFolder
 from dovetail.execute import Execution
+from dovetail.ir import codec
 from dovetail.ir.batching import Request as SequenceRequest
 from dovetail.ir.errors import InputError
 from dovetail.ir.plan import Plan
@@ -108,6 +109,8 @@ def _run_key(
     """What makes results comparable: not the schedule, which does not change them."""
     return {
         "checkpoint": folder.index.digest(),
+        "config": codec.digest(dict(folder.config)),
+        "stop_tokens": ",".join(str(token) for token in folder.stop_tokens),
         "prompts": prompts.digest,
         "max_new_tokens": options.max_new_tokens,
         "temperature": sampling.temperature,
