@@ -6,6 +6,7 @@ With several GPUs, sequences are dealt out evenly and so are every layer's exper
 attention, expert parallelism).
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -77,13 +78,20 @@ class GpuCosts:
         return self._known[key]
 
     def experts(self, experts: Experts, count: float, rows: float) -> float:
-        """Seconds of a chunk of ``count`` experts on one GPU over ``rows`` tokens each."""
+        """Mean seconds of a chunk of ``count`` experts on one GPU that ``rows`` tokens choose on
+        average, each token on its own: some get more, and reading the others' weights takes as
+        long."""
         if rows <= 0 or count <= 0:
             return 0.0
+        spread = math.sqrt(rows)
+        weights = {rows - spread: 0.25, rows: 0.5, rows + spread: 0.25}
+        one = sum(w * self._expert(experts, max(1.0, n)) for n, w in weights.items())
+        return count * one + EXPERT_KERNELS * self.gpu.op_seconds
+
+    def _expert(self, experts: Experts, rows: float) -> float:
         flops = 2 * rows * expert_parameters(experts)
         moved = experts.nbytes + rows * (2 * experts.hidden + 4 * experts.intermediate) * self._item
-        one = max(flops / self._gemm.at(max(1.0, rows)), moved / self.gpu.hbm_bandwidth)
-        return count * one + EXPERT_KERNELS * self.gpu.op_seconds
+        return max(flops / self._gemm.at(rows), moved / self.gpu.hbm_bandwidth)
 
     def host_experts(self, experts: Experts, count: float, rows: float) -> float:
         """Seconds of ``count`` experts over ``rows`` tokens each on all of the CPU's workers."""

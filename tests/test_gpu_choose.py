@@ -3,17 +3,20 @@
 import functools
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.ir_cases import captured
 
-from dovetail.ir.errors import BudgetError, InputError, VerifyError
+from dovetail.capture.captured import Captured
+from dovetail.ir.errors import BudgetError, InputError, PlanError, VerifyError
 from dovetail.ir.machine import Accelerator, Curve, Machine
 from dovetail.ir.moves import Assign, Place
 from dovetail.ir.plan import Plan, load_plan, save_plan
 from dovetail.ir.workload import Workload
+from dovetail.machine_files import save_machine
 from dovetail.passes.apply_moves import apply_moves
 from dovetail.passes.choose import choose
 from dovetail.passes.gpu_cost import GpuCosts, Shape
@@ -22,6 +25,7 @@ from dovetail.passes.loop_body import StepWork
 from dovetail.passes.loop_simulate import pace
 from dovetail.passes.policies.gpu import DEFAULTS, GPU_POLICIES, GpuSetting, moves
 from dovetail.passes.predict import peaks, verify_layout
+from dovetail.planning import Model, Request, plan_here
 
 RATE = Curve((1.0, 64.0, 1024.0), (1e9, 2e10, 5e10))
 FAST = Curve((1.0, 64.0, 1024.0), (1e10, 2e11, 1e12))
@@ -37,7 +41,7 @@ GPU = Accelerator(
 )
 MACHINE = Machine(
     name="paper",
-    tiers={"ram": 1 << 30, "hbm": 1 << 28},
+    tiers={"ram": 1 << 30, "hbm": 1 << 28, "disk": 1 << 40},
     workers=4,
     gemm={"float32": RATE},
     attention={"float32": RATE},
@@ -164,11 +168,23 @@ def test_two_gpus_are_predicted_faster_than_one() -> None:
     assert both.prediction.seconds < one.prediction.seconds
 
 
-def test_a_plan_with_a_gpu_survives_its_file(tmp_path) -> None:  # type: ignore[no-untyped-def]
+def test_a_plan_with_a_gpu_survives_its_file(tmp_path: Path) -> None:
     made = plan("olmoe", 0.6, "auto")
     assert made is not None
     save_plan(made, tmp_path / "plan.json")
     assert load_plan(tmp_path / "plan.json") == made
+
+
+def test_a_run_on_the_processor_refuses_a_plan_for_a_gpu(tmp_path: Path) -> None:
+    made = plan("olmoe", 0.6, "auto")
+    assert made is not None
+    save_plan(made, tmp_path / "plan.json")
+    request = Request("m", {"ram": 1 << 30}, WORKLOAD, plan=str(tmp_path / "plan.json"))
+    model = Model(Captured(captured("olmoe"), {}, 0.0))
+    machine = tmp_path / "machine.json"
+    save_machine(MACHINE, machine)
+    with pytest.raises(PlanError, match="the plan is for the GPU of paper; schedules for GPUs"):
+        plan_here(replace(request, machine=str(machine)), print, model)
 
 
 def test_choose_refuses_a_budget_too_small() -> None:

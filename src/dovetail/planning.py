@@ -124,6 +124,11 @@ def _adopt(
             f"{request.checkpoint}; plan this model again"
         )
     layout = apply_moves(graph, plan.moves)
+    if layout.device is not None and "hbm" not in request.budget:
+        raise PlanError(
+            f"{request.plan}: the plan is for the GPU of {plan.machine.name}; schedules for "
+            "GPUs are planned and simulated only: plan again for this machine's processor"
+        )
     if request.workload.longest > layout.dispatch.longest:
         raise PlanError(
             f"{request.plan}: its steps are laid out for prompts of up to "
