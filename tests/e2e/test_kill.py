@@ -59,6 +59,8 @@ class Job:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
+            # What runs in a shell's background is told to ignore Ctrl-C, and hands that on.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         try:
             yield process
