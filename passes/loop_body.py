@@ -92,12 +92,11 @@ class _Builder:
     classes: dict[str, str] = field(default_factory=dict)
     nbytes: dict[str, float] = field(default_factory=dict)
     chains: list[tuple[str, ...]] = field(default_factory=list)
-    late: list[str] = field(default_factory=list)
-    """Operations on the GPU after the experts' inputs are complete."""
+    bundles: int = 0
 
     def build(self) -> Loop:
         dense = self._dense()
-        groups = [op for g, count in self._groups() for op in self._group(g, count, dense)]
+        groups = [self._group(kind, shape, dense) for kind, shape in self._groups()]
         experts = experts_of(self.layout.graph, self.layer)
         ends = self._experts(experts, groups) if experts else self._tail(groups)
         if dense:
@@ -165,11 +164,11 @@ class _Builder:
             for i in range(bundles)
         ]  # fmt: skip
 
-    def _group(self, kind: str, shape: Shape, dense: list[str]) -> list[str]:
-        """The operations of a bundle of groups; returns those after which its tokens are ready."""
+    def _group(self, kind: str, shape: Shape, dense: list[str]) -> str:
+        """The operations of a bundle of groups; returns that after which its tokens are ready."""
         body = self.layout.graph.body(self.layer)
-        number = len(self.late)
-        name = f"{kind}{number}"
+        name = f"{kind}{self.bundles}"
+        self.bundles += 1
         needs = [(op, 0) for op in dense]
         local = Shape(math.ceil(shape.seqs / self.costs.gpu.count), shape.q_len, shape.past)
         rows = self.layout.rows if shape.q_len == 1 else self.layout.attn_tokens // shape.q_len
@@ -193,8 +192,7 @@ class _Builder:
         if share and kv:
             out = share * kv * local.seqs * shape.q_len
             self._copy(f"kv_out_{name}", "d2h", out, [(last, 0)], "copy:kv")
-        self.late.append(last)
-        return [last]
+        return last
 
     def _gpu_attention(
         self, name: str, shape: Shape, times: float, one: GroupSeconds, needs: list[tuple[str, int]]
