@@ -88,7 +88,8 @@ def _compute_seconds(graph: TaskGraph, machine: Machine, work: _Sequences) -> fl
     return seconds / workers
 
 
-def _costs(body: Body) -> Iterable[OpCost]:
+def body_costs(body: Body) -> Iterable[OpCost]:
+    """The costs of a body's operators, experts left out."""
     for task in body.tasks:
         weights = {w.fqn: w for w in task.weights}
         yield from (op_cost(op, body.values, weights) for op in task.ops)
@@ -97,7 +98,7 @@ def _costs(body: Body) -> Iterable[OpCost]:
 def gemm_flops(body: Body) -> float:
     """GEMM FLOPs per token, attention left out."""
     one = {"seqs": 1, "q_len": 1, "past": 0}
-    total = sum(evaluate(c.flops, **one) for c in _costs(body) if c.kind == "gemm")
+    total = sum(evaluate(c.flops, **one) for c in body_costs(body) if c.kind == "gemm")
     if body.experts:
         total += evaluate(task_flops(body.experts, body), **one)
     return total
@@ -107,7 +108,7 @@ def _attention_seconds(graph: TaskGraph, body: Body, machine: Machine, work: _Se
     rate = machine.attention[graph.dtype].peak
     kv_rate = machine.kv_bandwidth[graph.dtype].peak
     total = 0.0
-    for cost in (c for c in _costs(body) if c.kind == "attention"):
+    for cost in (c for c in body_costs(body) if c.kind == "attention"):
         for (length, made), count in work.counts.items():
             prefill = evaluate(cost.flops, seqs=1, q_len=length, past=0)
             middle = length + (made - 1) // 2
@@ -121,11 +122,11 @@ def _disk_bytes(graph: TaskGraph, budget: int, work: _Sequences) -> float:
     budget cannot hold."""
     held = work.held * graph.kv_bytes_per_token
     passes = max(work.passes, held / budget)
-    weights = _weights_read(graph, work.processed / passes)
+    weights = weights_read(graph, work.processed / passes)
     return max(weights, passes * (weights - budget) + held)
 
 
-def _weights_read(graph: TaskGraph, tokens: float) -> float:
+def weights_read(graph: TaskGraph, tokens: float) -> float:
     """Weight bytes that one pass over ``tokens`` tokens touches; of the embedding only rows."""
     total = float(graph.weight_bytes - sum(w.nbytes for w in embed_weights(graph)))
     for layer in range(len(graph.layers)):

@@ -6,16 +6,14 @@ hbm and ram together do not hold is read from disk. P is at least the longest ge
 least the KV of all sequences over what memory holds at a time. Routing is taken as uniform.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from dovetail.ir.expr import evaluate
 from dovetail.ir.machine import Machine
-from dovetail.ir.placement import embed_weights, experts_of
 from dovetail.ir.plan import Bound
-from dovetail.ir.task_graph import TaskGraph
+from dovetail.ir.task_graph import ITEMSIZE, TaskGraph
 from dovetail.ir.workload import Workload
-from dovetail.passes.bound import gemm_flops
-from dovetail.passes.cost import op_cost
+from dovetail.passes.bound import body_costs, gemm_flops, weights_read
 
 
 def gpu_bound(
@@ -29,9 +27,9 @@ def gpu_bound(
     held = sum(n * (length * new + new * (new - 1) / 2) for length, n in workload.lengths)
     kv = held * graph.kv_bytes_per_token
     passes = max(new, kv / (hbm + ram))
-    weights = _weights_read(graph, (workload.prompt_tokens + workload.prompts * new) / passes)
+    weights = weights_read(graph, (workload.prompt_tokens + workload.prompts * new) / passes)
     kv_read = kv - workload.prompt_tokens * graph.kv_bytes_per_token
-    host = machine.workers * machine.kv_bandwidth[graph.dtype].peak
+    host = _host_bandwidth(machine, graph.dtype)
     links = gpu.count * gpu.h2d.peak + host
     parts = {
         "compute": _compute_seconds(graph, machine, workload),
@@ -44,36 +42,47 @@ def gpu_bound(
     return Bound(parts[resource], resource, parts)
 
 
+def _host_bandwidth(machine: Machine, dtype: str) -> float:
+    """Bytes/s of ram that the CPU's workers read at best: KV, or weights of thin products."""
+    gemm, item = machine.gemm[dtype], ITEMSIZE[dtype]
+    # Every row of a product makes two FLOPs of each weight that is read.
+    weights = max(y / x * item / 2 for x, y in zip(gemm.x, gemm.y, strict=True))
+    return machine.workers * max(machine.kv_bandwidth[dtype].peak, weights)
+
+
 def _compute_seconds(graph: TaskGraph, machine: Machine, workload: Workload) -> float:
-    gpu = machine.accelerator
+    """Products and prefill attention, each shared by GPUs and CPU in the best way."""
+    gpu, dtype = machine.accelerator, graph.dtype
     assert gpu is not None
     generated = workload.prompts * workload.new_tokens
     tokens = workload.prompt_tokens + generated - workload.prompts
-    flops = generated * gemm_flops(graph.epilogue)
-    flops += sum(tokens * gemm_flops(graph.body(i)) for i in range(len(graph.layers)))
-    host = machine.workers * machine.gemm[graph.dtype].peak
-    seconds = flops / (gpu.count * gpu.gemm[graph.dtype].peak + host)
-    attention = 0.0
-    for index in range(len(graph.layers)):
-        body = graph.body(index)
-        for task in body.tasks:
-            weights = {w.fqn: w for w in task.weights}
-            for cost in (op_cost(op, body.values, weights) for op in task.ops):
-                if cost.kind == "attention":
-                    attention += sum(
-                        count * evaluate(cost.flops, seqs=1, q_len=length, past=0)
-                        for length, count in workload.lengths
-                    )
-    rate = gpu.count * gpu.attention[graph.dtype].peak
-    rate += machine.workers * machine.attention[graph.dtype].peak
-    return seconds + attention / rate
+    bodies = [graph.body(i) for i in range(len(graph.layers))]
+    products = generated * gemm_flops(graph.epilogue)
+    products += sum(tokens * gemm_flops(body) for body in bodies)
+    attention = sum(
+        count * evaluate(cost.flops, seqs=1, q_len=length, past=0)
+        for body in bodies
+        for cost in body_costs(body)
+        if cost.kind == "attention"
+        for length, count in workload.lengths
+    )
+    rates = (
+        (gpu.count * gpu.gemm[dtype].peak, gpu.count * gpu.attention[dtype].peak),
+        (
+            machine.workers * machine.gemm[dtype].peak,
+            machine.workers * machine.attention[dtype].peak,
+        ),
+    )
+    return shared_seconds((products, attention), rates)
 
 
-def _weights_read(graph: TaskGraph, tokens: float) -> float:
-    """Weight bytes that a pass over ``tokens`` tokens touches; of the embedding only rows."""
-    total = float(graph.weight_bytes - sum(w.nbytes for w in embed_weights(graph)))
-    for layer in range(len(graph.layers)):
-        if experts := experts_of(graph, layer):
-            missed = (1 - experts.top_k / experts.count) ** tokens
-            total -= missed * experts.count * experts.nbytes
-    return total
+def shared_seconds(work: tuple[float, float], rates: Sequence[tuple[float, float]]) -> float:
+    """Least time for two kinds of work on machines with a rate for each, split at will.
+
+    The dual of that linear program: at prices p and q of the two kinds, no schedule earns more than
+    every machine at its dearer kind; the best prices make some machine indifferent.
+    """
+    prices = [(1.0, 0.0), (0.0, 1.0), *((b, a) for a, b in rates)]
+    return max(
+        (p * work[0] + q * work[1]) / sum(max(p * a, q * b) for a, b in rates) for p, q in prices
+    )

@@ -6,6 +6,7 @@ Layers with equal instructions become loops, also when kinds of layers alternate
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
+from dovetail.ir.errors import VerifyError
 from dovetail.ir.placement import experts_of
 from dovetail.ir.program import (
     Free,
@@ -29,6 +30,11 @@ MAX_PERIOD = 4
 
 def lower(layout: Layout, capacity: Mapping[str, int]) -> Program:
     """The program of a layout; ``capacity`` is the budget of each tier in bytes."""
+    if layout.device is not None:
+        raise VerifyError(
+            "a schedule for a GPU has loop bodies, not a program yet: see them with `dovetail plan "
+            "report`"
+        )
     compute = _compute(layout)
     engines: dict[str, tuple[Instruction, ...]] = {
         f"cpu{worker}": tuple(compute) for worker in range(layout.workers)

@@ -19,10 +19,12 @@ from dovetail.ir.workload import Workload
 from dovetail.machine_files import save_machine
 from dovetail.passes.apply_moves import apply_moves
 from dovetail.passes.choose import choose
+from dovetail.passes.gpu_bound import shared_seconds
 from dovetail.passes.gpu_cost import GpuCosts, Shape
-from dovetail.passes.gpu_predict import GpuPredictor
+from dovetail.passes.gpu_predict import GpuPredictor, _waves
 from dovetail.passes.loop_body import StepWork
 from dovetail.passes.loop_simulate import pace
+from dovetail.passes.lower import lower
 from dovetail.passes.policies.gpu import DEFAULTS, GPU_POLICIES, GpuSetting, moves
 from dovetail.passes.predict import peaks, verify_layout
 from dovetail.planning import Model, Request, plan_here
@@ -151,6 +153,26 @@ def test_period_is_never_below_the_busiest_engine() -> None:
         layout = apply_moves(captured("olmoe"), found or ())
         loop = GpuPredictor(layout, GpuCosts(MACHINE, "float32")).loop(DECODE, 0)
         assert pace(loop).period >= max(loop.loads().values()) * (1 - 1e-9)
+
+
+def test_two_kinds_of_work_are_shared_by_comparative_advantage() -> None:
+    assert shared_seconds((11, 11), ((10, 1), (1, 10))) == pytest.approx(1.1)
+    assert shared_seconds((10, 0), ((4, 1), (1, 3))) == pytest.approx(2)
+    assert shared_seconds((30, 4), ((10, 1), (1, 2))) == pytest.approx(32 / 11)
+
+
+def test_waves_hold_every_prompt_once() -> None:
+    workload = Workload(((9, 3), (7, 10), (2, 1)), 4)
+    for seqs in range(1, 20):
+        found = list(_waves(workload, seqs))
+        assert sum(each * waves for each, _, waves in found) == 14
+        assert max(each for each, _, _ in found) <= seqs
+
+
+def test_lower_refuses_a_schedule_for_a_gpu() -> None:
+    layout = apply_moves(captured("olmoe"), moves(setting(), {"seqs": 2}) or ())
+    with pytest.raises(VerifyError, match="has loop bodies, not a program yet"):
+        lower(layout, {})
 
 
 def test_more_memory_is_never_predicted_slower_by_much() -> None:

@@ -90,10 +90,13 @@ DEFAULTS: Knobs = {
     "accumulate": True,
     "paged": False,
     "refill": False,
+    "one_batch": False,
+    "whole": False,
 }
 """``kv_hbm``, ``attention_cpu`` and ``experts_cpu`` in percent; ``resident`` percent of the weights
 that fit are kept in hbm; ``streams`` 2 runs decode attention beside matrix
-products; ``layers`` whole layers of buffers, instead of ``slots`` loads of ``chunk`` experts."""
+products; ``layers`` whole layers of buffers, instead of ``slots`` loads of ``chunk`` experts;
+``one_batch`` makes all sequences one group; ``whole`` allows only what fits into hbm entirely."""
 
 GPU_POLICIES = {
     policy.name: policy
@@ -210,8 +213,9 @@ def starts(setting: GpuSetting, policy: GpuPolicy) -> Iterator[Knobs]:
 
 def moves(setting: GpuSetting, knobs: Knobs) -> tuple[Move, ...] | None:
     """The schedule of these knobs, or None if a tier is too small for it."""
+    knobs = {**DEFAULTS, **knobs}
     seqs = int(knobs["seqs"])
-    rows = seqs if knobs.get("one_batch") else min(int(knobs["rows"]), seqs)
+    rows = seqs if knobs["one_batch"] else min(int(knobs["rows"]), seqs)
     kv_hbm, attention_cpu = int(knobs["kv_hbm"]), int(knobs["attention_cpu"])
     if kv_hbm + attention_cpu > 100:
         return None
@@ -278,7 +282,7 @@ def _fill(setting: GpuSetting, fixed: list[Move], knobs: Knobs) -> tuple[Move, .
             budget -= size
     count, everything = _experts_in_hbm(setting, budget, int(knobs["experts_cpu"]))
     chosen += _place_experts(setting, "hbm", count)
-    if knobs.get("whole") and not (everything and Place("dense", "hbm", layers) in chosen):
+    if knobs["whole"] and not (everything and Place("dense", "hbm", layers) in chosen):
         return None
     return _fill_ram(setting, chosen, count)
 
