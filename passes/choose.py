@@ -7,18 +7,17 @@ worse than any of them.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 
-from dovetail.ir.codec import digest
 from dovetail.ir.errors import BudgetError, InputError
 from dovetail.ir.machine import Machine
 from dovetail.ir.moves import Move
-from dovetail.ir.plan import VERSION, Candidate, Plan, Prediction
+from dovetail.ir.plan import Candidate, Plan
 from dovetail.ir.task_graph import TaskGraph
 from dovetail.ir.units import format_bytes
 from dovetail.ir.workload import Workload
 from dovetail.passes.apply_moves import apply_moves
 from dovetail.passes.bound import bound
+from dovetail.passes.chosen import Chosen
 from dovetail.passes.cost import Costs
 from dovetail.passes.gpu_choose import choose_gpu
 from dovetail.passes.memory import ram_bytes
@@ -31,14 +30,6 @@ HOPELESS = 3.0
 """A schedule this many times slower than the best so far is not simulated to its end."""
 FINALISTS = 4
 """Schedules of each policy that are simulated in full."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Choice:
-    policy: str
-    knobs: Knobs
-    moves: tuple[Move, ...]
-    prediction: Prediction
 
 
 def choose(
@@ -63,7 +54,7 @@ def choose(
     setting = Setting(graph, machine, budget["ram"] - machine.process_bytes, workload)
     costs = Costs(machine)
     names = list(POLICIES) if policy == "auto" else [policy]
-    choices: list[_Choice] = []
+    choices: list[Chosen] = []
     candidates: list[Candidate] = []
     for name in names:
         best_so_far = min((c.prediction.seconds for c in choices), default=math.inf)
@@ -73,26 +64,13 @@ def choose(
     if not choices:
         raise BudgetError(_too_small(setting, policy))
     best = min(choices, key=lambda c: c.prediction.seconds)
-    return Plan(
-        version=VERSION,
-        model=graph.model,
-        graph=digest(graph),
-        checkpoint=checkpoint,
-        machine=machine,
-        budget=dict(budget),
-        workload=workload,
-        policy=best.policy,
-        knobs=dict(best.knobs),
-        moves=best.moves,
-        prediction=best.prediction,
-        bound=bound(graph, machine, budget["ram"], workload),
-        candidates=tuple(candidates),
-    )
+    least = bound(graph, machine, budget["ram"], workload)
+    return best.plan(graph, machine, budget, workload, checkpoint, least, candidates)
 
 
 def _best_of(
     setting: Setting, policy: Policy, costs: Costs, fixed: Knobs | None, limit: float
-) -> tuple[list[_Choice], list[Candidate]]:
+) -> tuple[list[Chosen], list[Candidate]]:
     search = Search(policy, setting, costs)
     one = search.attempt(fixed) if fixed else None
     found = ([one] if one else []) if fixed else _diverse(search.run())
@@ -113,14 +91,14 @@ def _best_of(
 
 def _simulated(
     setting: Setting, policy: Policy, schedule: Found, costs: Costs, limit: float
-) -> _Choice | None:
+) -> Chosen | None:
     """The schedule with its prediction, or None if it takes longer than ``limit`` seconds."""
     layout = apply_moves(setting.graph, schedule.moves)
     steps = workload_steps(layout, setting.workload)
     prediction = Simulator(layout, setting.machine, costs).predict_within(steps, limit)
     if prediction is None:
         return None
-    return _Choice(policy.name, schedule.knobs, schedule.moves, prediction)
+    return Chosen(policy.name, schedule.knobs, schedule.moves, prediction)
 
 
 def _diverse(found: list[Found]) -> list[Found]:
@@ -132,8 +110,8 @@ def _diverse(found: list[Found]) -> list[Found]:
 
 
 def _polished(
-    setting: Setting, policy: Policy, search: Search, choices: list[_Choice], costs: Costs
-) -> list[_Choice]:
+    setting: Setting, policy: Policy, search: Search, choices: list[Chosen], costs: Costs
+) -> list[Chosen]:
     """The choices, best first, after simulating the neighbours of the best: the estimate that
     ranked them knows nothing of how a run begins and ends."""
     for schedule in search.neighbours(choices[0].knobs):

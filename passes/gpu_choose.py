@@ -6,17 +6,16 @@ others' answers: it is never predicted worse than any of them.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from dovetail.ir.codec import digest
 from dovetail.ir.errors import BudgetError, InputError
 from dovetail.ir.machine import Machine
-from dovetail.ir.moves import Move
-from dovetail.ir.plan import VERSION, Candidate, Certificate, Plan, Prediction
+from dovetail.ir.plan import Candidate, Certificate, Plan
 from dovetail.ir.task_graph import TaskGraph
 from dovetail.ir.units import format_bytes
 from dovetail.ir.workload import Workload
 from dovetail.passes.apply_moves import apply_moves
+from dovetail.passes.chosen import Chosen
 from dovetail.passes.gpu_bound import gpu_bound
 from dovetail.passes.gpu_cost import GpuCosts
 from dovetail.passes.gpu_memory import HBM_SHARE, RAM_SHARE, tier_bytes
@@ -28,14 +27,6 @@ from dovetail.solvers.ladder_search import LadderSearch
 
 CLIMBS, FINALISTS = 2, 4
 """Starts from which a policy's search climbs, and schedules of each policy that are simulated."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Choice:
-    policy: str
-    knobs: Knobs
-    moves: tuple[Move, ...]
-    prediction: Prediction
 
 
 def choose_gpu(
@@ -59,7 +50,7 @@ def choose_gpu(
     )
     search = _Search(setting, GpuCosts(machine, graph.dtype))
     names = list(GPU_POLICIES) if policy == "auto" else [policy]
-    choices: list[_Choice] = []
+    choices: list[Chosen] = []
     candidates: list[Candidate] = []
     for name in names:
         more = [c.knobs for c in choices] if name == "joint" else []
@@ -80,22 +71,8 @@ def choose_gpu(
             replace(c, seconds=best.prediction.seconds) if (c.policy, c.knobs) == chosen else c
             for c in candidates
         ]
-    return Plan(
-        version=VERSION,
-        model=graph.model,
-        graph=digest(graph),
-        checkpoint=checkpoint,
-        machine=machine,
-        budget=dict(budget),
-        workload=workload,
-        policy=best.policy,
-        knobs=dict(best.knobs),
-        moves=best.moves,
-        prediction=best.prediction,
-        bound=gpu_bound(graph, machine, budget, workload),
-        candidates=tuple(candidates),
-        certificates=certificates,
-    )
+    least = gpu_bound(graph, machine, budget, workload)
+    return best.plan(graph, machine, budget, workload, checkpoint, least, candidates, certificates)
 
 
 class _Search:
@@ -105,7 +82,7 @@ class _Search:
         self._setting, self._costs = setting, costs
         self._ladders = ladders(setting)
 
-    def best_of(self, policy: GpuPolicy, fixed: Knobs | None, more: list[Knobs]) -> list[_Choice]:
+    def best_of(self, policy: GpuPolicy, fixed: Knobs | None, more: list[Knobs]) -> list[Chosen]:
         """The policy's best schedules, simulated, best first; the search begins at its own starts,
         then again at ``more``."""
         if fixed:
@@ -118,9 +95,9 @@ class _Search:
         choices = [c for points in found for c in self._finalists(policy, points)]
         return sorted(choices, key=lambda c: c.prediction.seconds)
 
-    def _finalists(self, policy: GpuPolicy, points: Sequence[Knobs]) -> list[_Choice]:
+    def _finalists(self, policy: GpuPolicy, points: Sequence[Knobs]) -> list[Chosen]:
         """The best few, no two with the same number of sequences in flight."""
-        choices: dict[int | bool, _Choice] = {}
+        choices: dict[int | bool, Chosen] = {}
         for knobs in points:
             if len(choices) == FINALISTS:
                 break
@@ -130,7 +107,7 @@ class _Search:
                     choices[knobs["seqs"]] = choice
         return list(choices.values())
 
-    def overlapped(self, choice: _Choice) -> tuple[_Choice, tuple[Certificate, ...]]:
+    def overlapped(self, choice: Chosen) -> tuple[Chosen, tuple[Certificate, ...]]:
         """The choice with the overlap solver's pipelines where they make it faster, and what is
         proved about every loop body."""
         graph, workload = self._setting.graph, self._setting.workload
@@ -149,13 +126,13 @@ class _Search:
         layout = apply_moves(self._setting.graph, found)
         return GpuPredictor(layout, self._costs).estimate(self._setting.workload)
 
-    def _simulated(self, policy: GpuPolicy, knobs: Knobs) -> _Choice | None:
+    def _simulated(self, policy: GpuPolicy, knobs: Knobs) -> Chosen | None:
         found = moves(self._setting, knobs)
         if found is None:
             return None
         layout = apply_moves(self._setting.graph, found)
         prediction = GpuPredictor(layout, self._costs).predict(self._setting.workload)
-        return _Choice(policy.name, knobs, found, prediction)
+        return Chosen(policy.name, knobs, found, prediction)
 
 
 def _refusal(budget: Mapping[str, int]) -> str:
