@@ -37,7 +37,7 @@ _BROKEN = (
     KeyError,
     EOFError,
     MemoryError,
-    NotImplementedError,
+    RuntimeError,
     zipfile.BadZipFile,
     zlib.error,
     struct.error,
