@@ -3,7 +3,9 @@
 The simulator and the runtime drive the same ``Batcher``, so the planner's steps are the executor's
 steps whenever no sequence stops early. Longest prompts go first: a row that becomes free then fits
 every prompt still waiting. A prompt may go through the model in pieces, one a step, beside the
-sequences that decode (chunked prefill, Sarathi-Serve, arXiv 2403.02310).
+sequences that decode (chunked prefill, Sarathi-Serve, arXiv 2403.02310), or through one group of
+layers a step (layered prefill, arXiv 2510.08055): then no other prompt is admitted until it is
+through, and where nothing decodes, and so nothing waits, it takes all layers at once.
 
 A **cohort** is a block of ``rows`` rows of the KV store with one capacity, laid out back to back,
 so that the rows of a decode group can be read as one strided view. A **group** is what one
@@ -12,8 +14,10 @@ attention task runs over: sequences of one cohort, all in prefill or all in deco
 
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
+
+from dovetail.ir.token_space import TokenSpace
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +26,8 @@ class Admission:
     the sequences of a group, ``attn_tokens`` the padded tokens of a prefill group and
     ``prefill_tokens`` those of a step (a single sequence may exceed both). Without ``refill`` a
     wave is finished before the next one starts. ``chunk_tokens`` bounds the piece of a prompt that
-    one step takes (0: the whole prompt)."""
+    one step takes (0: the whole prompt). ``cuts`` are the layers at which layered prefill cuts the
+    model, from 0 to the number of layers (empty: it does not)."""
 
     seqs: int
     kv_tokens: int
@@ -31,6 +36,7 @@ class Admission:
     prefill_tokens: int
     refill: bool = True
     chunk_tokens: int = 0
+    cuts: tuple[int, ...] = ()
 
     def piece(self, tokens: int) -> int:
         """How many of the ``tokens`` that are left of a prompt its next step takes."""
@@ -63,7 +69,8 @@ class Group:
     In prefill row i has ``lengths[i]`` new tokens, padded on the right to ``q_len``, and holds the
     pieces of its prompt that went before; in decode every row has one new token. ``stride`` is the
     distance of neighbouring rows. Rows in ``unfinished`` get no token: more of their prompt follows
-    in a later step.
+    in a later step. ``layers`` are the first layer that the group takes and that at which it stops
+    (None: all, from the embedding to the head).
     """
 
     prefill: bool
@@ -72,6 +79,14 @@ class Group:
     q_len: int
     stride: int
     unfinished: tuple[int, ...] = ()
+    layers: tuple[int, int] | None = None
+
+    def takes(self, layer: int) -> bool:
+        """Whether the group goes through ``layer`` in this step; -1 is the embedding."""
+        if self.layers is None:
+            return True
+        first, stop = self.layers
+        return first == 0 if layer < 0 else first <= layer < stop
 
     @property
     def receivers(self) -> tuple[int, ...]:
@@ -135,33 +150,6 @@ class _Cohort:
         return [row for row in range(self.rows) if row not in self.live]
 
 
-class _Space:
-    """First-fit allocator of token ranges; neighbouring free ranges merge."""
-
-    def __init__(self, size: int) -> None:
-        self._free = [(0, size)]
-
-    def take(self, size: int) -> int | None:
-        for i, (start, length) in enumerate(self._free):
-            if length >= size:
-                rest = [(start + size, length - size)] if length > size else []
-                self._free[i : i + 1] = rest
-                return start
-        return None
-
-    def largest(self) -> int:
-        return max((length for _, length in self._free), default=0)
-
-    def give(self, start: int, size: int) -> None:
-        merged: list[tuple[int, int]] = []
-        for begin, length in sorted([*self._free, (start, size)]):
-            if merged and merged[-1][0] + merged[-1][1] == begin:
-                merged[-1] = (merged[-1][0], merged[-1][1] + length)
-            else:
-                merged.append((begin, length))
-        self._free = merged
-
-
 def row_tokens(length: int, new_tokens: int) -> int:
     """KV tokens that a sequence needs: the last generated token is never read back."""
     return length + new_tokens - 1
@@ -174,8 +162,9 @@ class Batcher:
     def __init__(self, requests: Iterable[Request], admission: Admission) -> None:
         self._waiting = deque(sorted(requests, key=lambda r: (-r.length - r.new_tokens, r.index)))
         self._admission = admission
-        self._space = _Space(admission.kv_tokens)
+        self._space = TokenSpace(admission.kv_tokens)
         self._cohorts: list[_Cohort] = []
+        self._stage = 0
         for request in self._waiting:
             need = row_tokens(request.length, request.new_tokens)
             assert need <= admission.kv_tokens, f"a row of {need} tokens exceeds the KV store"
@@ -187,18 +176,35 @@ class Batcher:
 
     def next_step(self) -> Step | None:
         """The groups of the next pass, or None when every sequence has left."""
-        if self._admission.refill or not self.in_flight:
+        if not self._stage and (self._admission.refill or not self.in_flight):
             self._admit()
+        layers = self._layers()
         groups: list[Group] = []
         for cohort in self._cohorts:
-            groups += self._groups_of(cohort)
+            groups += self._groups_of(cohort, layers)
         return Step(tuple(groups)) if groups else None
+
+    def _layers(self) -> tuple[int, int] | None:
+        """The layers that prompts take in the next step: a group of them if others decode, all
+        that are left if none does."""
+        cuts = self._admission.cuts
+        live = [seq for cohort in self._cohorts for seq in cohort.live.values()]
+        decoding = any(seq.made for seq in live)
+        if not cuts or not (self._stage or decoding) or all(seq.made for seq in live):
+            return None
+        return cuts[self._stage], cuts[self._stage + 1 if decoding else -1]
 
     def advance(self, step: Step, stopped: Iterable[int] = ()) -> tuple[int, ...]:
         """Account for a finished step; returns the indices that leave, ``stopped`` or at their
         length."""
         ended = set(stopped)
-        new = {m.index: n for g in step.groups for m, n in zip(g.members, g.lengths, strict=True)}
+        new = {
+            m.index: n
+            for g in step.groups
+            if not self._goes_on(g)
+            for m, n in zip(g.members, g.lengths, strict=True)
+        }
+        self._stage = self._stage + 1 if any(map(self._goes_on, step.groups)) else 0
         received = set(step.receivers)
         left = []
         for cohort in self._cohorts:
@@ -212,6 +218,10 @@ class Batcher:
             self._space.give(cohort.offset, cohort.rows * cohort.stride)
             self._cohorts.remove(cohort)
         return tuple(left)
+
+    def _goes_on(self, group: Group) -> bool:
+        """Whether layers are left for the group after this step."""
+        return group.layers is not None and group.layers[1] < self._admission.cuts[-1]
 
     def _admit(self) -> None:
         live = (seq for cohort in self._cohorts for seq in cohort.live.values())
@@ -265,7 +275,7 @@ class Batcher:
         self._cohorts.append(cohort)
         return filled * max(self._admission.piece(seq.left) for seq in cohort.live.values())
 
-    def _groups_of(self, cohort: _Cohort) -> list[Group]:
+    def _groups_of(self, cohort: _Cohort, layers: tuple[int, int] | None) -> list[Group]:
         rows = [cohort.live[row] for row in sorted(cohort.live)]
         piece = self._admission.piece
         decode = [seq for seq in rows if seq.made]
@@ -275,7 +285,12 @@ class Batcher:
         while fresh:
             take = max(1, self._admission.attn_tokens // piece(fresh[0].left))
             lengths = [piece(seq.left) for seq in fresh[:take]]
-            groups.append(_group(cohort, fresh[:take], lengths, prefill=True))
+            group = _group(cohort, fresh[:take], lengths, prefill=True)
+            if layers is not None:
+                group = replace(group, layers=layers)
+                if self._goes_on(group):
+                    group = replace(group, unfinished=tuple(range(len(lengths))))
+            groups.append(group)
             fresh = fresh[take:]
         return groups
 

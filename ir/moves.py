@@ -19,7 +19,9 @@ class Dispatch:
     of ``kv_tokens``, prompts of up to ``longest`` tokens; with ``refill`` a finished sequence's row
     is given to the next prompt at once (continuous batching), otherwise a wave is finished first
     (static batching). ``chunk_tokens`` cuts prompts into pieces of so many tokens, one a step,
-    beside the sequences that decode (chunked prefill; 0: a prompt is never cut)."""
+    beside the sequences that decode (chunked prefill; 0: a prompt is never cut). ``layer_groups``
+    cuts the layers instead: prompts admitted beside sequences that decode pass one group of layers
+    a step (layered prefill; 1: all layers at once)."""
 
     seqs: int
     kv_tokens: int
@@ -27,6 +29,7 @@ class Dispatch:
     longest: int
     refill: bool
     chunk_tokens: int = 0
+    layer_groups: int = 1
 
     @property
     def prompt_tokens(self) -> int:

@@ -83,7 +83,13 @@ class Layout:
             prefill_tokens=self.dispatch.prefill_tokens,
             refill=self.dispatch.refill,
             chunk_tokens=self.dispatch.chunk_tokens,
+            cuts=self._cuts(),
         )
+
+    def _cuts(self) -> tuple[int, ...]:
+        """The layers at which layered prefill cuts the model, in groups as equal as can be."""
+        groups, layers = self.dispatch.layer_groups, len(self.graph.layers)
+        return tuple(layers * i // groups for i in range(groups + 1)) if groups > 1 else ()
 
     @property
     def settings(self) -> Settings:
@@ -155,6 +161,18 @@ def _apply(layout: Layout, move: Move) -> Layout:
                 raise VerifyError(
                     f"dispatch: chunk_tokens must be >= 0, found {move.chunk_tokens}; 0 leaves "
                     "prompts whole"
+                )
+            layers = len(layout.graph.layers)
+            if not 1 <= move.layer_groups <= layers:
+                raise VerifyError(
+                    f"dispatch: layer_groups must be from 1 to the {layers} layers, found "
+                    f"{move.layer_groups}"
+                )
+            if move.layer_groups > 1 and move.chunk_tokens:
+                raise VerifyError(
+                    f"dispatch: found layer_groups={move.layer_groups} with "
+                    f"chunk_tokens={move.chunk_tokens}; prompts are cut into pieces or layers into "
+                    "groups, not both: leave one out"
                 )
             return layout
         case Place():

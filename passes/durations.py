@@ -66,10 +66,12 @@ class Durations:
     def _key(self, item: Load | Run, worker: int) -> tuple[object, ...]:
         if isinstance(item, Load):
             return item.ring, item.layer
+        assert self._step is not None
+        taken = tuple(group.takes(item.layer) for group in self._step.groups if group.layers)
         count = -1
         if item.chunk < 0 <= item.layer and self._segments[item.segment].over == "experts":
             count = self._layout.experts_resident[item.layer]
-        return item.segment, item.unit, count, worker
+        return item.segment, item.unit, count, worker, taken
 
     def _seconds(self, item: Load | Run, worker: int, step: Step) -> float:
         if isinstance(item, Load):
@@ -85,9 +87,10 @@ class Durations:
             return self._experts(item, step) / self.speed["cpu"]
         if segment.over == "seqs":
             return self._head(segment, step) / self.speed["cpu"]
-        seconds = self._groups(segment, worker, step) / self.speed["cpu"]
+        seconds = self._groups(segment, worker, step, item.layer) / self.speed["cpu"]
         if item.unit == "disk rows":
-            seconds += step.tokens / self._layout.workers * ROW_READ_SECONDS
+            tokens = sum(group.tokens for group in step.groups if group.takes(item.layer))
+            seconds += tokens / self._layout.workers * ROW_READ_SECONDS
         return seconds
 
     def _reads(self, load: Load) -> int:
@@ -100,9 +103,9 @@ class Durations:
             head_weights(graph) if load.ring == "head" else dense_weights(graph.body(load.layer))
         )
 
-    def _groups(self, segment: Segment, worker: int, step: Step) -> float:
+    def _groups(self, segment: Segment, worker: int, step: Step, layer: int) -> float:
         groups = [step.groups[i] for i in self._shares[worker]]
-        return sum(self._group(segment, g) for g in groups)
+        return sum(self._group(segment, g) for g in groups if g.takes(layer))
 
     def _group(self, segment: Segment, group: Group) -> float:
         body = self._bodies[segment.name]
@@ -144,7 +147,7 @@ class Durations:
         layout = self._layout
         experts = experts_of(layout.graph, run.layer)
         assert experts is not None
-        tokens = sum(sum(group.lengths) for group in step.groups)
+        tokens = sum(sum(group.lengths) for group in step.groups if group.takes(run.layer))
         hit = 1 - (1 - experts.top_k / experts.count) ** tokens
         rows = tokens * experts.top_k / (experts.count * hit)
         count = len(self._program.settings.chunk_experts(run.layer, run.chunk)) * hit

@@ -29,6 +29,9 @@ def estimate(layout: Layout, machine: Machine, workload: Workload, costs: Costs)
     decodes = workload.prompts * (workload.new_tokens - 1) / seqs
     setup = resident_bytes(layout) / machine.disk.peak
     admitted = workload.prompts / prefills
+    if layout.dispatch.layer_groups > 1 and 2 * admitted <= seqs:
+        prefill = prefill.scaled(1 / layout.dispatch.layer_groups)
+        prefills *= layout.dispatch.layer_groups
     if not layout.dispatch.refill or 2 * admitted > seqs:
         # All in flight begin, and so end, together: prefill and decode steps alternate in waves.
         return setup + prefills * model.seconds(prefill) + decodes * model.seconds(decode)

@@ -7,7 +7,7 @@ rest is interpolated.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from dovetail.ir.placement import head_weights
@@ -84,6 +84,8 @@ class GpuPredictor:
 
     def step(self, work: StepWork) -> tuple[float, dict[str, float], dict[str, float]]:
         """Seconds of a step, its busy seconds by task class, and the bytes of every link."""
+        if work not in self._known and work.layer_groups > 1:
+            self._known[work] = self._layered(work)
         if work not in self._known:
             total, ramp = self._ends(work), 0.0
             classes: dict[str, float] = {}
@@ -100,6 +102,18 @@ class GpuPredictor:
                     moved[engine] = moved.get(engine, 0.0) + count * nbytes
             self._known[work] = (total + ramp, classes, moved)
         return self._known[work]
+
+    def _layered(self, work: StepWork) -> tuple[float, dict[str, float], dict[str, float]]:
+        """``step`` where one group of layers takes prompts in and the others only decode."""
+        mixed, decode = (self.step(StepWork(work.decode, p)) for p in (work.prefill, None))
+        share = 1 / work.layer_groups
+
+        def blend(one: Mapping[str, float], other: Mapping[str, float]) -> dict[str, float]:
+            names = dict.fromkeys([*one, *other])
+            return {n: share * one.get(n, 0.0) + (1 - share) * other.get(n, 0.0) for n in names}
+
+        seconds = share * mixed[0] + (1 - share) * decode[0]
+        return seconds, blend(mixed[1], decode[1]), blend(mixed[2], decode[2])
 
     def loop(self, work: StepWork, layer: int) -> Loop:
         """The loop body of a layer."""
@@ -150,12 +164,19 @@ class GpuPredictor:
         length = max(1, round(workload.prompt_tokens / prompts))
         decodes = prompts * (new - 1)
         most = max(1, min(seqs, dispatch.prefill_tokens // length))
-        steps = max(1, math.ceil(decodes / seqs), math.ceil(prompts / most))
-        admitted = math.ceil(prompts / steps)
-        taking_in = prompts / admitted
+        groups = dispatch.layer_groups
+        if decodes < groups * math.ceil(prompts / most):
+            # Nothing decodes beside most prompts, so they need not wait for their layers.
+            groups = 1
+        # Prompts that pass the groups of layers together are admitted every ``groups`` steps.
+        turns = max(1, math.ceil(decodes / seqs / groups), math.ceil(prompts / most))
+        steps = turns * groups
+        admitted = math.ceil(prompts / turns)
+        taking_in = min(steps, prompts / admitted * groups)
         work = Shape(round(decodes / steps), 1, length + new // 2)
         decode = work if work.seqs else None
-        yield Phase(StepWork(decode, Shape(admitted, length, 0)), taking_in)
+        prompt = Shape(admitted, length, 0)
+        yield Phase(StepWork(decode, prompt, groups if decode else 1), taking_in)
         if steps > taking_in and decode:
             yield Phase(StepWork(decode, None), steps - taking_in)
 

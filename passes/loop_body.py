@@ -34,10 +34,12 @@ Order = Mapping[str, tuple[tuple[str, int], ...]]
 @dataclass(frozen=True, slots=True)
 class StepWork:
     """What one step processes: in decode ``seqs`` sequences with ``past`` tokens before; in prefill
-    ``seqs`` prompts of ``q_len`` tokens. A mixed step has both."""
+    ``seqs`` prompts of ``q_len`` tokens. A mixed step has both; with ``layer_groups`` its prompts
+    take only one of so many groups of layers (layered prefill)."""
 
     decode: Shape | None
     prefill: Shape | None
+    layer_groups: int = 1
 
     @property
     def kind(self) -> Literal["decode", "prefill", "mixed"]:

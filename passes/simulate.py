@@ -256,6 +256,7 @@ def _signature(step: Step) -> tuple[object, ...]:
                 len(g.unfinished),
                 -(-g.q_len // 8) if g.prefill else 1,
                 -(-g.past // QUANTUM),
+                g.layers or (),
             )
             for g in step.groups
         )

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dovetail.ir.batching import Step, group_shares
+from dovetail.ir.batching import Member, Step, group_shares
 from dovetail.ir.load_order import LoadOrder
 from dovetail.ir.placement import embed_weights, experts_of
 from dovetail.ir.program import Program, unroll
@@ -65,6 +65,7 @@ class Runtime:
         self._barrier = threading.Barrier(self._workers)
         self._step: Step | None = None
         self._groups: list[GroupState] = []
+        self._kept: dict[tuple[Member, ...], dict[str, Tensor]] = {}
         self._shares: tuple[tuple[int, ...], ...] = ()
         self._routing: Routing | None = None
         self._routed_layer = 0
@@ -149,11 +150,7 @@ class Runtime:
         """Run one step; ``inputs`` has ``input_ids`` and ``position_ids`` ``[seqs, q_len]`` of
         every group. Returns the next token of every sequence, group by group."""
         begin = clock()
-        groups, start = [], 0
-        for group, values in zip(step.groups, inputs, strict=True):
-            state = GroupState(group, KvGroup(self.kv, group), start, dict(values))
-            groups.append(state)
-            start += state.tokens
+        groups = self._states(step, inputs)
         with self._new_step:
             self._step, self._groups = step, groups
             self._shares = group_shares(step, self._workers)
@@ -166,6 +163,20 @@ class Runtime:
             raise self._error
         self.recorder.end_step(clock() - begin)
         return self._next
+
+    def _states(self, step: Step, inputs: Sequence[Mapping[str, Tensor]]) -> list[GroupState]:
+        """The groups of a step. Groups that take all layers have the first tokens, so that the
+        tokens of any layer are the first ones."""
+        states: list[GroupState | None] = [None] * len(step.groups)
+        start = 0
+        for place in sorted(range(len(states)), key=lambda i: step.groups[i].layers is not None):
+            group = step.groups[place]
+            goes_on = group.layers is not None and group.layers[0] > 0
+            values = self._kept.pop(group.members) if goes_on else dict(inputs[place])
+            state = GroupState(group, KvGroup(self.kv, group), start, values)
+            states[place] = state
+            start += state.tokens
+        return [state for state in states if state is not None]
 
     def stop(self) -> None:
         """End every engine and give all memory back. Safe to call twice."""
@@ -182,6 +193,7 @@ class Runtime:
         for ring in self._rings.values():
             ring.close()
         self._groups, self._routing, self._hidden = [], None, None
+        self._kept.clear()
         self._held, self._resident = {}, {}
         for pool in self._pools:
             pool.close()
@@ -309,6 +321,8 @@ class Runtime:
         weights = self._weights(worker, unit, "embed" if layer < 0 else "dense", layer)
         for index in self._shares[worker]:
             state = self._groups[index]
+            if not state.group.takes(layer):
+                continue
             function(self, state, state.values, weights, layer)
         name = function.__name__
         self.recorder.add(f"cpu{worker}", "run", name, layer, begin, clock())
@@ -380,13 +394,19 @@ class Runtime:
     def _route(self) -> None:
         spec = experts_of(self.graph, self._routed_layer)
         assert spec is not None and self._tokens is not None
-        count = sum(state.tokens for state in self._groups)
+        takes = (state for state in self._groups if state.group.takes(self._routed_layer))
+        count = sum(state.tokens for state in takes)
         self._routing = self._tokens.route(count, spec, list(range(spec.count)))
 
     def _gather_hidden(self) -> None:
-        self._hidden = torch.cat([state.last_hidden() for state in self._groups])
+        last = len(self.graph.layers) - 1
+        ended = [state for state in self._groups if state.group.takes(last)]
+        self._hidden = torch.cat([state.last_hidden() for state in ended])
         for state in self._groups:
-            state.values.clear()
+            if state in ended:
+                state.values.clear()
+            else:
+                self._kept[state.group.members] = state.values
 
     def _weights(self, worker: int, unit: str, kind: str, layer: int) -> Tensors:
         loaded = self._unit(worker, unit, kind, layer)

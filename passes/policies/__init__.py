@@ -4,6 +4,7 @@ workload and its knobs to moves. One file each; ``POLICIES`` is the list of thos
 from dovetail.passes.policies import (
     chunked_prefill,
     eager,
+    layered_prefill,
     model_batch,
     module_batch,
     weight_stream,
@@ -19,6 +20,7 @@ POLICIES: dict[str, Policy] = {
         weight_stream.POLICY,
         module_batch.POLICY,
         chunked_prefill.POLICY,
+        layered_prefill.POLICY,
         zigzag.POLICY,
     )
 }

@@ -90,13 +90,15 @@ DEFAULTS: Knobs = {
     "accumulate": True,
     "paged": False,
     "refill": False,
+    "layer_groups": 1,
     "one_batch": False,
     "whole": False,
 }
 """``kv_hbm``, ``attention_cpu`` and ``experts_cpu`` in percent; ``resident`` percent of the weights
-that fit are kept in hbm; ``streams`` 2 runs decode attention beside matrix
-products; ``layers`` whole layers of buffers, instead of ``slots`` loads of ``chunk`` experts;
-``one_batch`` makes all sequences one group; ``whole`` allows only what fits into hbm entirely."""
+that fit are kept in hbm; ``streams`` 2 runs decode attention beside matrix products; prompts pass
+one of ``layer_groups`` a step; ``layers`` whole layers of buffers, instead of ``slots`` loads of
+``chunk`` experts; ``one_batch`` makes all sequences one group; ``whole`` allows only what fits into
+hbm entirely."""
 
 GPU_POLICIES = {
     policy.name: policy
@@ -156,6 +158,12 @@ GPU_POLICIES = {
             ("seqs", "prefill_tokens"),
         ),
         GpuPolicy(
+            "layered_prefill",
+            "Layered Prefill (arXiv 2510.08055)",
+            {"kv_hbm": 100, "refill": True, "layer_groups": 4},
+            ("seqs", "prefill_tokens", "layer_groups"),
+        ),
+        GpuPolicy(
             "joint",
             "all knobs at once: what the planner may do beyond the published policies",
             {},
@@ -186,6 +194,7 @@ def ladders(setting: GpuSetting) -> dict[str, tuple[int | bool, ...]]:
         "chunk": tuple(n for n in (1, 2, 4, 8, 16) if n <= max(1, max_experts(setting.graph))),
         "refill": (False, True),
         "streams": (1, 2),
+        "layer_groups": tuple(n for n in (1, 2, 4, 8, 16) if n <= len(setting.layers)),
     }
 
 
@@ -230,6 +239,7 @@ def moves(setting: GpuSetting, knobs: Knobs) -> tuple[Move, ...] | None:
             prefill,
             longest,
             refill=bool(knobs["refill"]),
+            layer_groups=min(int(knobs["layer_groups"]), len(setting.layers)),
         ),
         *fuse_moves(setting.graph),
         Split("attention", "seqs", rows),

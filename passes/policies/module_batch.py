@@ -158,10 +158,11 @@ def moves(setting: Setting, knobs: Knobs) -> tuple[Move, ...] | None:
     """The schedule of these knobs, or None if the budget is too small for it.
 
     ``seqs`` in flight; ``rows`` and ``attn_tokens`` of one attention group; ``prefill_tokens`` of
-    one step, in pieces of ``chunk_tokens`` (0: whole prompts); ``chunk`` experts per load and
-    ``slots`` buffers, loaded by ``readers``; ``expert_rows``, ``head_rows`` of one GEMM;
-    ``workers``; ``refill`` (continuous batching); ``embed`` (table in ram) and ``resident`` (at
-    most this many bytes of other weights in ram; all that fits by default).
+    one step, in pieces of ``chunk_tokens`` (0: whole prompts) or in ``layer_groups`` of layers;
+    ``chunk`` experts per load and ``slots`` buffers, loaded by ``readers``; ``expert_rows``,
+    ``head_rows`` of one GEMM; ``workers``; ``refill`` (continuous batching); ``embed`` (table in
+    ram) and ``resident`` (at most this many bytes of other weights in ram; all that fits by
+    default).
     """
     seqs, rows = int(knobs["seqs"]), int(knobs["rows"])
     fixed: list[Move] = [
@@ -172,6 +173,7 @@ def moves(setting: Setting, knobs: Knobs) -> tuple[Move, ...] | None:
             setting.workload.longest,
             refill=bool(knobs.get("refill", True)),
             chunk_tokens=int(knobs.get("chunk_tokens", 0)),
+            layer_groups=int(knobs.get("layer_groups", 1)),
         ),
         *base_moves(setting.graph, setting.budget),
         Split("attention", "seqs", rows),

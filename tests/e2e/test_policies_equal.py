@@ -32,6 +32,13 @@ SCHEDULES: dict[str, tuple[str, Knobs | None]] = {
     "pieces in waves": ("module_batch", {
         "seqs": 4, "rows": 4, "attn_tokens": 50, "prefill_tokens": 60, "chunk_tokens": 20,
         "workers": 3, "refill": False, **STREAMED}),
+    "groups of layers as searched": ("layered_prefill", None),
+    "a layer a step": ("layered_prefill", {
+        "seqs": 3, "rows": 2, "prefill_tokens": 70, "layer_groups": 4, **STREAMED}),
+    "two groups of layers": ("layered_prefill", {
+        "seqs": 5, "rows": 2, "prefill_tokens": 100, "layer_groups": 2, "workers": 3, **STREAMED}),
+    "three groups of layers": ("layered_prefill", {
+        "seqs": 4, "rows": 4, "prefill_tokens": 80, "layer_groups": 3, **STREAMED}),
     "two loaders": ("weight_stream", {"seqs": 8, "chunk": 2, "window": 3, "loaders": 2}),
     "loaders without turns to spare": ("weight_stream", {
         "seqs": 4, "chunk": 4, "window": 1, "loaders": 3}),
