@@ -14,6 +14,7 @@ from dovetail.ir.machine import Curve, Machine
 from dovetail.ir.workload import Workload
 from dovetail.tuning_db.connection import APPLICATION_ID, migrations
 from dovetail.tuning_db.database import Database, Run, TaskSample, default_path
+from dovetail.tuning_db.maintain import TABLES
 
 SILICON = {"processor": "Test 9000", "cores": "2"}
 SOFTWARE = {"torch": "2.13.0"}
@@ -137,7 +138,7 @@ def test_file_is_strict_wal_and_versioned(path: Path) -> None:
     assert raw.execute("PRAGMA user_version").fetchone() == (len(migrations()),)
     tables = raw.execute("SELECT sql FROM sqlite_master WHERE type = 'table'").fetchall()
     raw.close()
-    assert len(tables) == 4 and all(sql.rstrip().endswith("STRICT") for (sql,) in tables)
+    assert len(tables) == len(TABLES) and all(sql.rstrip().endswith("STRICT") for (sql,) in tables)
 
 
 def test_open_refuses_what_is_not_a_database(path: Path) -> None:
@@ -165,7 +166,7 @@ def test_open_refuses_a_newer_version(path: Path) -> None:
     raw = sqlite3.connect(path)
     raw.execute("PRAGMA user_version = 99")
     raw.close()
-    with pytest.raises(InputError, match=r"has version 99, this dovetail reads up to 1; upgrade"):
+    with pytest.raises(InputError, match=r"has version 99, this dovetail reads up to 2; upgrade"):
         Database.open(path)
 
 
@@ -262,7 +263,7 @@ def test_migrations_bring_an_empty_file_of_ours_up(path: Path) -> None:
 
 
 def test_interrupted_migration_leaves_nothing(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    broken = {**migrations(), 2: ["CREATE TABLE half (a INT) STRICT;", "CREATE NONSENSE;"]}
+    broken = {**migrations(), 3: ["CREATE TABLE half (a INT) STRICT;", "CREATE NONSENSE;"]}
     monkeypatch.setattr("dovetail.tuning_db.connection.migrations", lambda: broken)
     with pytest.raises(InputError, match="syntax error"):
         Database.open(path)

@@ -1,5 +1,6 @@
 """Opens the database file: makes it, brings it to today's schema, says what is wrong with it."""
 
+import hashlib
 import sqlite3
 import time
 from collections.abc import Iterator
@@ -28,7 +29,7 @@ def connect(path: Path) -> sqlite3.Connection:
         # isolation_level=None: transactions begin and end where this code says so.
         connection = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None)
         try:
-            _prepare(connection, path)
+            prepare(connection, path)
         except BaseException:
             connection.close()
             raise
@@ -92,8 +93,10 @@ def _statements(text: str) -> list[str]:
     return statements
 
 
-def _prepare(connection: sqlite3.Connection, path: Path) -> None:
+def prepare(connection: sqlite3.Connection, path: Path) -> None:
+    """Brings the open file, called ``path`` in errors, to today's schema; raises InputError."""
     sections = migrations()
+    connection.create_function("digest", -1, _digest, deterministic=True)
     if _checked_version(connection, path, len(sections)) < len(sections):
         with transaction(connection):
             # Read again under the lock: another process may have migrated the file meanwhile.
@@ -106,6 +109,11 @@ def _prepare(connection: sqlite3.Connection, path: Path) -> None:
     _use_wal(connection)
     connection.execute("PRAGMA synchronous = NORMAL")
     connection.execute("PRAGMA foreign_keys = ON")
+
+
+def _digest(*values: object) -> str:
+    """What migrations name rows by that had no name: hex sha256 over their values."""
+    return hashlib.sha256("\x1f".join(map(str, values)).encode()).hexdigest()[:32]
 
 
 def _checked_version(connection: sqlite3.Connection, path: Path, newest: int) -> int:
@@ -130,7 +138,7 @@ def _use_wal(connection: sqlite3.Connection) -> None:
     # SQLite does not wait for a lock here as it does elsewhere, so processes that open a new
     # file together would fail each other.
     deadline = time.monotonic() + BUSY_SECONDS
-    while _pragma(connection, "journal_mode") != "wal":
+    while _pragma(connection, "journal_mode") not in ("wal", "memory"):
         try:
             connection.execute("PRAGMA journal_mode = WAL")
             return

@@ -1,15 +1,17 @@
 """The tuning database: what was measured on which machine, and how predictions fared.
 
 One SQLite file in WAL mode, so that several processes may read and write at once. Facts are added
-and never changed.
+and never changed. What the tuner adds is in ``trials``.
 """
 
 import json
 import os
 import sqlite3
 import statistics
+import uuid
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -105,16 +107,17 @@ class Database:
         protocol: int,
     ) -> int:
         """Stores what a calibration measured, and where; returns its id."""
-        with readable_errors(self.path), transaction(self._connection):
-            row = self._connection.execute(
-                "INSERT INTO calibration (environment, disk_device, protocol, machine, created_at)"
-                " VALUES (?, ?, ?, ?, ?) RETURNING id",
+        with self.writing() as connection:
+            row = connection.execute(
+                "INSERT INTO calibration (environment, disk_device, protocol, machine, created_at,"
+                " uid) VALUES (?, ?, ?, ?, ?, ?) RETURNING id",
                 (
-                    self._environment(silicon, software),
+                    self.environment(silicon, software),
                     disk_device,
                     protocol,
                     codec.canonical(machine),
-                    _now(),
+                    now(),
+                    new_uid(),
                 ),
             ).fetchone()
         return int(row[0])
@@ -137,7 +140,7 @@ class Database:
                 " WHERE silicon_digest = :silicon AND disk_device = :disk"
                 " AND :software IN ('', software_digest)"
                 " AND coalesce(:protocol, protocol) = protocol"
-                " ORDER BY calibration.id DESC LIMIT 1",
+                " ORDER BY created_at DESC, calibration.id DESC LIMIT 1",
                 {
                     "silicon": codec.digest(silicon),
                     "disk": disk_device,
@@ -145,17 +148,17 @@ class Database:
                     "protocol": protocol,
                 },
             ).fetchone()
-        return None if row is None else self._record(row[1], Machine, f"calibration {row[0]}")
+        return None if row is None else self.record(row[1], Machine, f"calibration {row[0]}")
 
     def add_run(self, run: Run) -> int:
         """Stores a run and returns its id, which ``add_task_samples`` wants."""
-        with readable_errors(self.path), transaction(self._connection):
-            row = self._connection.execute(
+        with self.writing() as connection:
+            row = connection.execute(
                 "INSERT INTO run (environment, plan_digest, policy, budget, workload,"
                 " predicted_seconds, measured_seconds, predicted_peak_bytes, measured_peak_bytes,"
-                " stop, created_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) RETURNING id",
+                " stop, created_at, uid) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) RETURNING id",
                 (
-                    self._environment(run.silicon, run.software),
+                    self.environment(run.silicon, run.software),
                     run.plan_digest,
                     run.policy,
                     codec.canonical(run.budget),
@@ -165,7 +168,8 @@ class Database:
                     run.predicted_peak_bytes,
                     run.measured_peak_bytes,
                     run.stop,
-                    _now(),
+                    now(),
+                    new_uid(),
                 ),
             ).fetchone()
         return int(row[0])
@@ -173,10 +177,11 @@ class Database:
     def add_task_samples(self, run: int, samples: Iterable[TaskSample]) -> None:
         """Stores the samples of the run with this id, all or none."""
         rows = [
-            (run, s.task_class, s.predicted_seconds, s.measured_seconds, s.count) for s in samples
+            (run, s.task_class, s.predicted_seconds, s.measured_seconds, s.count, new_uid())
+            for s in samples
         ]
-        with readable_errors(self.path), transaction(self._connection):
-            self._connection.executemany("INSERT INTO task_sample VALUES (?, ?, ?, ?, ?)", rows)
+        with self.writing() as connection:
+            connection.executemany("INSERT INTO task_sample VALUES (?, ?, ?, ?, ?, ?)", rows)
 
     def runs(self) -> list[Run]:
         """Every run, oldest first."""
@@ -208,7 +213,24 @@ class Database:
             ratios[task_class].append(ratio)
         return {task_class: statistics.median(each) for task_class, each in ratios.items()}
 
-    def _environment(self, silicon: Identity, software: Identity) -> int:
+    @property
+    def connection(self) -> sqlite3.Connection:
+        """The open file, for the other modules of this room."""
+        return self._connection
+
+    @contextmanager
+    def writing(self) -> Iterator[sqlite3.Connection]:
+        """One transaction: all of it is stored, or nothing."""
+        with readable_errors(self.path), transaction(self._connection):
+            yield self._connection
+
+    def rows(self, query: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+        """All rows that a query finds."""
+        with readable_errors(self.path):
+            return self._connection.execute(query, values).fetchall()
+
+    def environment(self, silicon: Identity, software: Identity) -> int:
+        """The id of the environment, which is added if it is new."""
         key = (codec.digest(silicon), codec.digest(software))
         self._connection.execute(
             "INSERT INTO environment (silicon, silicon_digest, software, software_digest)"
@@ -224,16 +246,17 @@ class Database:
         silicon, software, plan_digest, policy, budget, workload, *figures = row
         where = f"run {row[11]}"
         return Run(
-            self._record(silicon, dict[str, str], where),
-            self._record(software, dict[str, str], where),
+            self.record(silicon, dict[str, str], where),
+            self.record(software, dict[str, str], where),
             plan_digest,
             policy,
-            self._record(budget, dict[str, int], where),
-            self._record(workload, Workload, where),
+            self.record(budget, dict[str, int], where),
+            self.record(workload, Workload, where),
             *figures,
         )
 
-    def _record(self, text: str, kind: type[T], where: str) -> T:
+    def record(self, text: str, kind: type[T], where: str) -> T:
+        """The JSON of a column as what it holds; raises InputError where it is something else."""
         try:
             return codec.decode(json.loads(text), kind)
         except (PlanError, json.JSONDecodeError) as error:
@@ -243,5 +266,11 @@ class Database:
             ) from error
 
 
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
+def now() -> str:
+    """The time as rows have it: ISO 8601 in UTC, such that later sorts after earlier."""
+    return datetime.now(UTC).isoformat(timespec="microseconds")
+
+
+def new_uid() -> str:
+    """A name for a row that no row of another file has."""
+    return uuid.uuid4().hex

@@ -10,6 +10,7 @@ from pathlib import Path
 from dovetail import __version__
 from dovetail.ir.errors import DovetailError
 from dovetail.system_errors import as_output_error
+from dovetail.tuning_cli import db_parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -53,6 +54,7 @@ def make_parser() -> argparse.ArgumentParser:
     _explain_parser(actions.add_parser("explain", help="why this plan, and what more would give"))
     _timeline_parser(actions.add_parser("timeline", help="write and draw the timeline"))
     _report_parser(actions.add_parser("report", help="write all of it as one page with charts"))
+    db_parser(commands.add_parser("db", help="the tuning database: status, merge, prune, export"))
     return parser
 
 
@@ -94,6 +96,9 @@ def _run_parser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ignore-eos", action="store_true", help="always generate N tokens")
     parser.add_argument("--restart", action="store_true", help="discard what an earlier run did")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    parser.add_argument(
+        "--record-routing", type=Path, metavar="FILE.npz", help="write the experts of every token"
+    )
     parser.set_defaults(command=_run)
 
 

@@ -1,0 +1,56 @@
+"""The parsers of `dovetail tune` and `dovetail db`; heavy imports wait until a command runs."""
+
+import argparse
+from pathlib import Path
+
+
+def db_parser(parser: argparse.ArgumentParser) -> None:
+    """`dovetail db status|merge|prune|export`."""
+    actions = parser.add_subparsers(title="actions", required=True, metavar="ACTION")
+    status = actions.add_parser("status", help="what a database holds, and whether it is sound")
+    _file(status)
+    status.add_argument("--json", action="store_true", help="print it as JSON")
+    status.set_defaults(command=_status)
+    merge = actions.add_parser("merge", help="add what other databases hold")
+    merge.add_argument("into", type=Path, metavar="INTO.db")
+    merge.add_argument("sources", type=Path, nargs="+", metavar="FROM.db")
+    merge.set_defaults(command=_merge)
+    prune = actions.add_parser("prune", help="delete what no query needs any more")
+    _file(prune)
+    prune.add_argument("--older-than", metavar="AGE", help="trials and runs too, such as 90d")
+    prune.add_argument("--foreign", action="store_true", help="what other kinds of machines left")
+    prune.set_defaults(command=_prune)
+    export = actions.add_parser("export", help="write every row as a line of JSON")
+    _file(export)
+    export.add_argument("-o", "--out", type=Path, metavar="FILE.jsonl")
+    export.set_defaults(command=_export)
+
+
+def _file(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "db", type=Path, nargs="?", metavar="FILE.db", help="the cache's if left out"
+    )
+
+
+def _status(options: argparse.Namespace) -> int:
+    from dovetail.db_commands import status
+
+    return status(options.db, as_json=options.json)
+
+
+def _merge(options: argparse.Namespace) -> int:
+    from dovetail.db_commands import merge_files
+
+    return merge_files(options.into, options.sources)
+
+
+def _prune(options: argparse.Namespace) -> int:
+    from dovetail.db_commands import prune_file
+
+    return prune_file(options.db, options.older_than, foreign=options.foreign)
+
+
+def _export(options: argparse.Namespace) -> int:
+    from dovetail.db_commands import export_file
+
+    return export_file(options.db, options.out)
