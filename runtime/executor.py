@@ -24,6 +24,7 @@ from dovetail.runtime.group_state import GroupState
 from dovetail.runtime.kv_store import KvGroup, KvStore
 from dovetail.runtime.pools import Arena, RingClosed, SlotRing, TierBudget, torch_dtype
 from dovetail.runtime.recorder import Recorder, clock
+from dovetail.runtime.routing_sink import RoutingSink
 from dovetail.runtime.safetensors_index import CheckpointIndex
 from dovetail.runtime.tokens import Routing, TokenBuffers
 from dovetail.runtime.warm_up import warm_up
@@ -37,7 +38,8 @@ WAIT_RECORDED = 20e-6
 
 class Runtime:
     """Runs an emitted executor. ``functions`` is the emitted module's namespace, ``choose`` turns
-    logits ``[n, vocab]`` and the numbers of the sequences in the step into tokens ``[n]``."""
+    logits ``[n, vocab]`` and the numbers of the sequences in the step into tokens ``[n]``.
+    ``routing_sink``, if set before the start, is told which experts tokens choose."""
 
     constants: Mapping[str, Tensor]
 
@@ -51,6 +53,7 @@ class Runtime:
         choose: Callable[[Tensor, range], Tensor],
     ) -> None:
         self.graph, self.program, self.constants = graph, program, constants
+        self.routing_sink: RoutingSink | None = None
         self.budget = TierBudget(program.capacity["ram"])
         self.recorder = Recorder(list(program.engines))
         self._functions, self._choose = functions, choose
@@ -394,8 +397,12 @@ class Runtime:
     def _route(self) -> None:
         spec = experts_of(self.graph, self._routed_layer)
         assert spec is not None and self._tokens is not None
-        takes = (state for state in self._groups if state.group.takes(self._routed_layer))
+        takes = [state for state in self._groups if state.group.takes(self._routed_layer)]
         count = sum(state.tokens for state in takes)
+        if self.routing_sink is not None:
+            groups = [state.group for state in sorted(takes, key=lambda state: state.start)]
+            chosen = self._tokens.chosen(count, spec.top_k)
+            self.routing_sink.routed(self._asked, self._routed_layer, groups, chosen)
         self._routing = self._tokens.route(count, spec, list(range(spec.count)))
 
     def _gather_hidden(self) -> None:

@@ -70,10 +70,14 @@ class TokenBuffers:
         self._index[start:stop, : index.shape[1]] = index
         self._weight[start:stop, : weight.shape[1]] = weight
 
+    def chosen(self, count: int, top_k: int) -> Tensor:
+        """The experts that the first ``count`` tokens chose, ``[count, top_k]``."""
+        return self._index[:count, :top_k]
+
     def route(self, count: int, spec: Experts, order: list[int]) -> Routing:
         """Sort the first ``count`` tokens by expert and clear the sums. ``order`` is the order in
         which the experts' weights arrive."""
-        index = self._index[:count, : spec.top_k].reshape(-1)
+        index = self.chosen(count, spec.top_k).reshape(-1)
         by_expert = index.argsort(stable=True)
         counts = torch.bincount(index, minlength=spec.count).tolist()
         offsets = [0]

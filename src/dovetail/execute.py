@@ -19,6 +19,7 @@ from dovetail.passes.apply_moves import apply_moves
 from dovetail.passes.lower import lower
 from dovetail.runtime import memory
 from dovetail.runtime.generate import Generator, StepReport
+from dovetail.runtime.routing_sink import RoutingSink
 from dovetail.runtime.safetensors_index import CheckpointIndex
 from dovetail.runtime.sampling import Sampling
 
@@ -47,7 +48,7 @@ class Execution:
     """A plan at work on a checkpoint; a context manager.
 
     ``source`` is the emitted executor; it is written to ``executor_file`` and compiled from there,
-    so that a traceback shows its lines.
+    so that a traceback shows its lines. ``routing_sink`` is told which experts tokens choose.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Execution:
         sampling: Sampling,
         stop_tokens: Sequence[int],
         executor_file: Path,
+        routing_sink: RoutingSink | None = None,
     ) -> None:
         kept = min(LARGE_BLOCK, max(LEAST_KEPT, plan.budget["ram"] // KEPT_SHARE))
         memory.trim_allocator(kept, kept, arenas=1)
@@ -73,6 +75,7 @@ class Execution:
         self._generator = Generator(
             graph, self.program, captured.constants, index, functions, sampling, stop_tokens
         )
+        self._generator.runtime.routing_sink = routing_sink
         self._baseline = 0
         self._begin = 0.0
 

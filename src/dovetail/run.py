@@ -9,6 +9,7 @@ import json
 import logging
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from dovetail.planning import Request, plan_apart
 from dovetail.progress import Progress
 from dovetail.prompts import Prompt, PromptSet, read_prompts
 from dovetail.report import Report, save_run, table
+from dovetail.routing_record import RoutingRecord, check_recorded
 from dovetail.runtime import calibrate_host as host
 from dovetail.runtime.generate import Finished
 from dovetail.runtime.sampling import Sampling
@@ -41,17 +43,28 @@ def run(options: argparse.Namespace) -> int:
     folder = ModelFolder.open(options.checkpoint)
     prompts = load_prompts(folder, options)
     key = _run_key(folder, prompts, sampling, options)
-    with Journal.open(options.out, key, restart=options.restart) as journal:
+    with Journal.open(options.out, key, restart=options.restart) as journal, ExitStack() as stack:
         if journal.complete:
+            check_recorded(options.record_routing)
             print(f"{options.out} is complete: {len(prompts.prompts)} prompts; nothing to do")
             return 0
+        record = None
+        if options.record_routing is not None:
+            record = RoutingRecord.open(
+                options.record_routing, key, _rows(journal), restart=options.restart
+            )
+            stack.enter_context(record)
         done = set(journal.done)
         left = [p for p in prompts.prompts if p.index not in done]
         place = Path(f"{options.out}.dovetail")
         if left:
-            report = _run_rest(options, folder, sampling, budget, journal, left, place)
+            report = _run_rest(options, folder, sampling, budget, journal, left, place, record)
             save_run(report, place)
+        if record is not None:
+            record.finish(_rows(journal))
         journal.finish([p.index for p in prompts.prompts])
+        if record is not None:
+            record.remove()
     if not left:
         print(f"{options.out} is complete: {len(prompts.prompts)} prompts")
     elif options.json:
@@ -61,9 +74,24 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
+def _rows(journal: Journal) -> dict[int, int]:
+    """How many tokens of every finished prompt went through the model: the last new one did not."""
+    return {
+        index: record.input_tokens + len(record.tokens) - 1
+        for index, record in journal.done.items()
+    }
+
+
 def _check_paths(options: argparse.Namespace) -> None:
     if options.out.resolve() == options.prompts.resolve():
         raise InputError(f"--out and --prompts are both {options.out}; give another output file")
+    record = options.record_routing
+    if record is not None and record.resolve() in (
+        options.out.resolve(),
+        options.prompts.resolve(),
+    ):
+        name = "--out" if record.resolve() == options.out.resolve() else "--prompts"
+        raise InputError(f"{name} and --record-routing are both {record}; give another file")
 
 
 def ram_budget(text: str | None) -> dict[str, int]:
@@ -129,6 +157,7 @@ def _run_rest(
     journal: Journal,
     left: list[Prompt],
     place: Path,
+    record: RoutingRecord | None,
 ) -> Report:
     workload = Workload.of([len(p.input_ids) for p in left], options.max_new_tokens)
     request = Request(
@@ -141,8 +170,11 @@ def _run_rest(
     )
     plan, captured = plan_apart(request, place, lambda text: None)
     stop = () if options.ignore_eos else folder.stop_tokens
-    execution = Execution(plan, captured, folder.index, sampling, stop, place / "executor.py")
-    writer = _Writer(folder, journal, left, options.max_new_tokens)
+    if record is not None:
+        record.begin(captured.graph)
+    executor = place / "executor.py"
+    execution = Execution(plan, captured, folder.index, sampling, stop, executor, record)
+    writer = _Writer(folder, journal, left, options.max_new_tokens, record)
     requests = requests_of(left, folder.context, options.max_new_tokens)
     ids = {p.index: p.input_ids for p in left}
     with execution, writer.progress:
@@ -189,11 +221,18 @@ class _Writer:
     prompts: dict[int, Prompt]
     progress: Progress
     new_tokens: int
+    record: RoutingRecord | None
 
     def __init__(
-        self, folder: ModelFolder, journal: Journal, left: list[Prompt], new_tokens: int
+        self,
+        folder: ModelFolder,
+        journal: Journal,
+        left: list[Prompt],
+        new_tokens: int,
+        record: RoutingRecord | None,
     ) -> None:
         self.folder, self.journal, self.new_tokens = folder, journal, new_tokens
+        self.record = record
         self.prompts = {p.index: p for p in left}
         total = sum(r.new_tokens for r in requests_of(left, folder.context, new_tokens))
         done = len(journal.done)
@@ -201,6 +240,8 @@ class _Writer:
 
     def step(self, finished: Sequence[Finished], tokens: int) -> None:
         """Account for a step."""
+        if self.record is not None and finished:
+            self.record.sync()
         self.journal.append([self._record(item) for item in finished])
         saved = 0
         for item in finished:
