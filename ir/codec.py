@@ -21,13 +21,20 @@ from dovetail.ir.errors import PlanError
 from dovetail.ir.expr import parse_expr
 
 T = TypeVar("T")
+LATER: Mapping[str, bool] = {"later": True}
+"""Metadata of a field that was added to a record later: it is left out while it is empty, so
+that files and digests from before stay as they are."""
 Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
 
 
 def encode(value: Any) -> Json:
     """``value`` (dataclasses, tuples, mappings, expressions, primitives) as JSON data."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {f.name: encode(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        fields = {
+            f.name: encode(getattr(value, f.name))
+            for f in dataclasses.fields(value)
+            if not (f.metadata.get("later") and not getattr(value, f.name))
+        }
         return {"kind": type(value).__name__} | fields
     if isinstance(value, sympy.Expr):
         return str(value)

@@ -5,6 +5,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from dovetail.ir.codec import LATER
+
 LARGE_BLOCK = 32 << 20
 """Temporaries of at least this many bytes are given by the system each time, and go back to it."""
 
@@ -99,6 +101,13 @@ class Machine:
     """What the machine is (processor, cores, memory), for people and for staleness checks."""
     sources: Mapping[str, str] = field(default_factory=dict)
     """Where a figure comes from, where it was not measured by ``dovetail calibrate``."""
+    corrections: Mapping[str, float] = field(default_factory=dict, metadata=LATER)
+    """By how much the measured seconds of a class of work exceed those of the curves (1 or more), as
+    ``dovetail tune`` found: ``run:experts``, ``run:groups``, ``run:seqs``, ``load:RING``, ``step``."""
+
+    def corrected(self, work: str) -> float:
+        """The factor by which this class of work takes longer than the curves say."""
+        return self.corrections.get(work, 1.0)
 
     def keeps(self, engine: str, other: str) -> float:
         """The share of its rate that ``engine`` keeps while ``other`` runs."""

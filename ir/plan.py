@@ -82,6 +82,34 @@ class Candidate:
 
 
 @dataclass(frozen=True, slots=True)
+class Evidence:
+    """What `dovetail tune` found of a plan. ``outcome`` is ``tuned`` where the schedule beat the
+    untuned one, ``untuned`` where none did and the plan is the untuned one, ``simulated`` where
+    nothing was run. ``ratio`` is its time over the untuned plan's, the median of ``pairs`` runs of
+    ``sample`` in turn, between ``low`` and ``high`` with 95 % confidence."""
+
+    outcome: Literal["tuned", "untuned", "simulated"]
+    reason: str
+    untuned: str
+    """Digest of the untuned plan's moves."""
+    sample: Workload
+    sampler: str
+    seed: int
+    trials: int
+    seconds: float
+    environment: Mapping[str, str]
+    ratio: float = 1.0
+    low: float = 1.0
+    high: float = 1.0
+    pairs: int = 0
+    untuned_seconds: float = 0.0
+    max_error: float | None = None
+    """Largest error of its outputs against the untuned plan's, as a share of their size."""
+    load_skew: float = 0.0
+    """Tokens of the busiest expert over the mean, in the layer where it is largest; 0: unknown."""
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """An exported plan. ``graph`` is the digest of the task graph that the moves apply to and
     ``checkpoint`` that of the weights' layout (empty when planned from a config alone)."""
@@ -100,6 +128,7 @@ class Plan:
     bound: Bound
     candidates: tuple[Candidate, ...]
     certificates: tuple[Certificate, ...] = ()
+    tuning: Evidence | None = field(default=None, metadata=codec.LATER)
 
     def digest(self) -> str:
         """Hex sha256 over all fields: same inputs, same plan, same digest."""

@@ -60,8 +60,15 @@ class Durations:
             self._known.clear()
         key = self._key(item, worker)
         if key not in self._known:
-            self._known[key] = self._seconds(item, worker, step)
+            slower = self._machine.corrected(self._class(item))
+            self._known[key] = self._seconds(item, worker, step) * slower
         return self._known[key]
+
+    def _class(self, item: Load | Run) -> str:
+        """The class of work that corrections of the machine are kept by."""
+        if isinstance(item, Load):
+            return f"load:{item.ring}"
+        return f"run:{self._segments[item.segment].over}"
 
     def _key(self, item: Load | Run, worker: int) -> tuple[object, ...]:
         if isinstance(item, Load):
