@@ -23,8 +23,9 @@ demo: $(STAMP)
 	$(VENV)/bin/dovetail run $(DEMO)/checkpoint --prompts $(DEMO)/checkpoint/prompts.jsonl \
 		--out $(DEMO)/out.jsonl --budget $(BUDGET) --max-new-tokens $(NEW_TOKENS)
 
+# A worker holds torch and transformers: four are enough memory for what their number gives.
 test: $(STAMP)
-	$(VENV)/bin/python -m pytest $(ARGS)
+	$(VENV)/bin/python -m pytest -n auto --maxprocesses 4 $(ARGS)
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .
