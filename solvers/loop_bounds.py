@@ -2,8 +2,9 @@
 
     engine      T >= sum of p_x over the engine's ops
     recurrence  T >= sum(p) / sum(d) over every cycle of dependences (Rau, 1994), and T >= the ticks
-                between an op and itself one iteration later, where ops between the two that share
-                an engine run one by one
+                between an event and itself one iteration later, where ops between the two that
+                share an engine run one by one; events are an op's start, and the instant at which
+                all ops of a set have ended for which several ops wait (loop_joins.py)
     pool        sum of units * shortest holding time <= capacity * T
     refill      let R be the first tick at which iteration 0 lets go of units of a pool. Whatever
                 took units before R still holds them at R, so ops with at least (all units) -
@@ -20,6 +21,7 @@ from collections.abc import Iterable, Sequence
 from math import gcd
 
 from dovetail.solvers.cycle_ratio import smallest_period
+from dovetail.solvers.loop_joins import with_joins
 from dovetail.solvers.loop_problem import Hold, LoopProblem, Op, ranks
 
 Node = tuple[str, int]
@@ -36,7 +38,7 @@ def period_bounds(problem: LoopProblem) -> dict[str, int]:
     for op in problem.ops:
         key = f"engine:{op.engine}"
         bounds[key] = bounds.get(key, 0) + op.duration
-    bounds["recurrence"] = _recurrence(problem, unrolled)
+    bounds["recurrence"] = _recurrence(problem)
     for pool in problem.pools:
         holds = [hold for hold in problem.holds if hold.pool == pool]
         area = _area(unrolled, holds, problem.pools[pool], 1)
@@ -145,14 +147,16 @@ def _one_by_one(jobs: list[tuple[int, int, int]]) -> int:
     return length
 
 
-def _recurrence(problem: LoopProblem, unrolled: _Unrolled) -> int:
+def _recurrence(problem: LoopProblem) -> int:
     table = problem.table
     edges = [(u, op.name, table[u].duration, d) for op in problem.ops for u, d in op.after]
     ratio = smallest_period(table, edges, low=0)
     assert ratio is not None, "every cycle has a distance"
     loops = [ratio[0]]
-    for op in problem.ops:
-        if any(distance > 0 for _, distance in op.after):
+    joined = with_joins(problem)
+    unrolled = _Unrolled(joined)
+    for op in joined.ops:
+        if op.name not in table or any(distance > 0 for _, distance in op.after):
             heads = unrolled.heads((op.name, 0))
             if (op.name, 1) in heads:
                 ticks = unrolled.through(heads, unrolled.tails([(op.name, 1)]))
