@@ -1,14 +1,11 @@
 """GPU prediction: `layout, machine, workload -> time and bytes`, from simulated loop bodies.
 
-Sequences are taken longest first in waves of as many as are in flight (static batching), each wave
-a few prefill steps and its decode steps; with refill, prefill is spread over the decode steps. The
-time of a decode step is piecewise linear in the context, so a few contexts are simulated and the
-rest is interpolated.
+The time of a decode step is piecewise linear in the context, so a few contexts are simulated and
+the rest is interpolated (gpu_phases.py).
 """
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 
 from dovetail.ir.placement import head_weights
 from dovetail.ir.plan import Prediction
@@ -17,19 +14,9 @@ from dovetail.ir.workload import Workload
 from dovetail.passes.apply_moves import Layout
 from dovetail.passes.gpu_cost import GpuCosts, Shape
 from dovetail.passes.gpu_memory import tier_bytes
+from dovetail.passes.gpu_phases import CONTEXTS, Phase, phases
 from dovetail.passes.loop_body import Loop, StepWork, loop_body
 from dovetail.passes.loop_simulate import pace, timeline
-
-CONTEXTS = 3
-"""Context lengths at which a wave's decode steps are simulated."""
-
-
-@dataclass(frozen=True, slots=True)
-class Phase:
-    """``steps`` steps that all do ``work``."""
-
-    work: StepWork
-    steps: float
 
 
 class GpuPredictor:
@@ -75,12 +62,11 @@ class GpuPredictor:
 
     def phases(self, workload: Workload, contexts: int = CONTEXTS) -> Iterator[Phase]:
         """The steps of the workload, equal ones together."""
-        if self.layout.dispatch.refill:
-            yield from self._mixed(workload)
-            return
-        for seqs, length, waves in _waves(workload, self.layout.dispatch.seqs):
-            for phase in self._wave(seqs, length, workload.new_tokens, contexts):
-                yield Phase(phase.work, phase.steps * waves)
+        known: dict[StepWork, float] = {}
+        for phase in phases(self.layout.dispatch, workload, contexts):
+            if phase.steps > 0:
+                known[phase.work] = known.get(phase.work, 0.0) + phase.steps
+        yield from (Phase(work, steps) for work, steps in known.items())
 
     def step(self, work: StepWork) -> tuple[float, dict[str, float], dict[str, float]]:
         """Seconds of a step, its busy seconds by task class, and the bytes of every link."""
@@ -149,64 +135,6 @@ class GpuPredictor:
         tiers = tier_bytes(self.layout, self.costs.gpu.count)
         resident = tiers["ram"]["resident"] + tiers["hbm"]["resident"] * self.costs.gpu.count
         return min(self.layout.graph.weight_bytes, resident)
-
-    def _wave(self, seqs: int, length: int, new: int, contexts: int) -> Iterator[Phase]:
-        in_step = max(1, min(seqs, self.layout.dispatch.prefill_tokens // length))
-        yield Phase(StepWork(None, Shape(in_step, length, 0)), seqs / in_step)
-        for context, steps in _contexts(length, new - 1, contexts):
-            yield Phase(StepWork(Shape(seqs, 1, context), None), steps)
-
-    def _mixed(self, workload: Workload) -> Iterator[Phase]:
-        """Continuous batching: steps that also take prompts in, and steps that only decode."""
-        new, prompts = workload.new_tokens, workload.prompts
-        dispatch = self.layout.dispatch
-        seqs = min(dispatch.seqs, prompts)
-        length = max(1, round(workload.prompt_tokens / prompts))
-        decodes = prompts * (new - 1)
-        most = max(1, min(seqs, dispatch.prefill_tokens // length))
-        groups = dispatch.layer_groups
-        if decodes < groups * math.ceil(prompts / most):
-            # Nothing decodes beside most prompts, so they need not wait for their layers.
-            groups = 1
-        # Prompts that pass the groups of layers together are admitted every ``groups`` steps.
-        turns = max(1, math.ceil(decodes / seqs / groups), math.ceil(prompts / most))
-        steps = turns * groups
-        admitted = math.ceil(prompts / turns)
-        taking_in = min(steps, prompts / admitted * groups)
-        work = Shape(round(decodes / steps), 1, length + new // 2)
-        decode = work if work.seqs else None
-        prompt = Shape(admitted, length, 0)
-        yield Phase(StepWork(decode, prompt, groups if decode else 1), taking_in)
-        if steps > taking_in and decode:
-            yield Phase(StepWork(decode, None), steps - taking_in)
-
-
-def _contexts(length: int, steps: int, most: int) -> Iterator[tuple[int, float]]:
-    """Contexts in the middle of equal parts of a generation, and the steps of each."""
-    parts = min(most, steps)
-    for i in range(parts):
-        yield length + round(steps * (i + 0.5) / parts), steps / parts
-
-
-def _waves(workload: Workload, seqs: int) -> Iterator[tuple[int, int, int]]:
-    """(sequences, mean prompt length, how many such waves), longest prompts first."""
-    open_seqs = open_tokens = 0
-    for length, count in workload.lengths:
-        taken = min(count, seqs - open_seqs) if open_seqs else 0
-        open_seqs, open_tokens, left = (
-            open_seqs + taken,
-            open_tokens + taken * length,
-            count - taken,
-        )
-        if open_seqs == seqs:
-            yield seqs, round(open_tokens / seqs), 1
-            open_seqs = open_tokens = 0
-        if left >= seqs:
-            yield seqs, length, left // seqs
-        if left % seqs:
-            open_seqs, open_tokens = left % seqs, left % seqs * length
-    if open_seqs:
-        yield open_seqs, round(open_tokens / open_seqs), 1
 
 
 def _kinds_of_layers(layout: Layout) -> list[tuple[int, int]]:

@@ -13,7 +13,7 @@ from tests.ir_cases import captured
 from dovetail.capture.captured import Captured
 from dovetail.ir.errors import BudgetError, InputError, PlanError, VerifyError
 from dovetail.ir.machine import Accelerator, Curve, Machine
-from dovetail.ir.moves import Assign, Place
+from dovetail.ir.moves import Assign, Dispatch, Place
 from dovetail.ir.plan import Plan, load_plan, save_plan
 from dovetail.ir.workload import Workload
 from dovetail.machine_files import save_machine
@@ -21,7 +21,8 @@ from dovetail.passes.apply_moves import apply_moves
 from dovetail.passes.choose import choose
 from dovetail.passes.gpu_bound import shared_seconds
 from dovetail.passes.gpu_cost import GpuCosts, Shape
-from dovetail.passes.gpu_predict import GpuPredictor, _waves
+from dovetail.passes.gpu_phases import phases, waves
+from dovetail.passes.gpu_predict import GpuPredictor
 from dovetail.passes.loop_body import StepWork
 from dovetail.passes.loop_simulate import pace
 from dovetail.passes.lower import lower
@@ -164,8 +165,8 @@ def test_two_kinds_of_work_are_shared_by_comparative_advantage() -> None:
 def test_waves_hold_every_prompt_once() -> None:
     workload = Workload(((9, 3), (7, 10), (2, 1)), 4)
     for seqs in range(1, 20):
-        found = list(_waves(workload, seqs))
-        assert sum(each * waves for each, _, waves in found) == 14
+        found = list(waves(workload, seqs))
+        assert sum(each * count for each, _, count in found) == 14
         assert max(each for each, _, _ in found) <= seqs
 
 
@@ -229,3 +230,23 @@ def test_shares_above_the_whole_are_refused() -> None:
     found = moves(setting(), {**DEFAULTS, "seqs": 2, "attention_cpu": 60}) or ()
     with pytest.raises(VerifyError, match="together more than 100 %"):
         apply_moves(captured("olmoe"), [*found, Place("kv", "hbm", (), 60)])
+
+
+def test_refill_decodes_every_token_and_never_more_than_fit() -> None:
+    workload = Workload(((9, 3), (7, 10), (2, 1)), 4)
+    for seqs, prefill in ((1, 9), (4, 9), (8, 30), (14, 200)):
+        dispatch = Dispatch(seqs, 1000, prefill, 9, refill=True)
+        found = list(phases(dispatch, workload))
+        decoded = sum(p.steps * p.work.decode.seqs for p in found if p.work.decode)
+        prompts = sum(p.steps * p.work.prefill.seqs for p in found if p.work.prefill)
+        assert prompts == pytest.approx(14)
+        assert decoded == pytest.approx(14 * 3, rel=0.35)
+        assert max(p.work.decode.seqs for p in found if p.work.decode) <= seqs
+
+
+def test_refill_of_all_prompts_at_once_has_nothing_left_to_refill() -> None:
+    workload = Workload(((64, 100),), 11)
+    found = list(phases(Dispatch(100, 7500, 6400, 64, refill=True), workload))
+    # Ten steps to take them in and ten in which they run out, half of them decoding on the mean.
+    assert sum(p.steps for p in found) == pytest.approx(20)
+    assert {p.work.decode.seqs for p in found if p.work.decode} == {50, 100}
