@@ -24,11 +24,9 @@ def with_joins(problem: LoopProblem) -> LoopProblem:
     users = Counter(
         part for found in waits.values() for _, names in found for part in sets if part <= names
     )
-    shared = sorted((sorted(part) for part in sets if users[part] > 1))
+    shared = sorted(sorted(part) for part in sets if users[part] > 1)
     joins = {frozenset(part): f"join {place}" for place, part in enumerate(shared)}
-    ops = [
-        Op(name, name, 0, tuple((x, 0) for x in sorted(part))) for part, name in joins.items()
-    ]
+    ops = [Op(name, name, 0, tuple((x, 0) for x in sorted(part))) for part, name in joins.items()]
     for op in problem.ops:
         more = [
             (name, distance)
