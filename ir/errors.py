@@ -32,5 +32,9 @@ class VerifyError(DovetailError):
     """An IR object that breaks a rule of the verifier."""
 
 
+class ModelError(DovetailError, RuntimeError):
+    """A model that is asked for what its plan, or dovetail, does not do: training, a copy, a move."""
+
+
 class OutputError(DovetailError):
     """Results could not be written; what was finished before is kept."""

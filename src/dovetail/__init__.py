@@ -3,4 +3,33 @@
 Give it a model, a machine, a budget and a workload; it returns a plan one can read, and runs it.
 """
 
+from typing import TYPE_CHECKING
+
+from dovetail.registration import register_when_imported
+
+if TYPE_CHECKING:
+    from dovetail.compiling import compile as compile
+    from dovetail.loading import load as load
+
 __version__ = "0.1.0"
+__all__ = ["compile", "load"]
+
+_HOMES = {"compile": "dovetail.compiling", "load": "dovetail.loading"}
+"""Where the public functions are; imported when they are first used, since they need torch."""
+
+
+def __getattr__(name: str) -> object:
+    import importlib
+
+    if name not in _HOMES:
+        raise AttributeError(f"module 'dovetail' has no attribute {name!r}")
+    found = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])
+
+
+register_when_imported()
