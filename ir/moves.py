@@ -5,8 +5,10 @@ lists is the diff of two plans. Weights are placed by **unit**: ``embed`` (the e
 ``dense`` (all of a layer that is not a routed expert), ``experts`` and ``head``.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
+
+from dovetail.ir import codec
 
 UnitKind = Literal["embed", "dense", "experts", "head", "kv"]
 Axis = Literal["seqs", "tokens", "experts"]
@@ -21,7 +23,7 @@ class Dispatch:
     (static batching). ``chunk_tokens`` cuts prompts into pieces of so many tokens, one a step,
     beside the sequences that decode (chunked prefill; 0: a prompt is never cut). ``layer_groups``
     cuts the layers instead: prompts admitted beside sequences that decode pass one group of layers
-    a step (layered prefill; 1: all layers at once)."""
+    a step (layered prefill; 0: all layers at once)."""
 
     seqs: int
     kv_tokens: int
@@ -29,7 +31,7 @@ class Dispatch:
     longest: int
     refill: bool
     chunk_tokens: int = 0
-    layer_groups: int = 1
+    layer_groups: int = field(default=0, metadata=codec.LATER)
 
     @property
     def prompt_tokens(self) -> int:
@@ -47,14 +49,16 @@ class Place:
     """Keep a unit in a tier for the whole run; what is computed elsewhere is copied in every step.
 
     ``layers`` is empty for embed and head. For experts, ``count`` of each layer's experts (the
-    first ones, after those in faster tiers) are in ``tier``; for ``kv``, the KV of ``count``
-    percent of the sequences. What no move places is on disk, KV in ram.
+    first ones, after those in faster tiers) are in ``tier``, or the experts ``which`` of one layer;
+    for ``kv``, the KV of ``count`` percent of the sequences. What no move places is on disk, KV in
+    ram.
     """
 
     unit: UnitKind
     tier: Tier
     layers: tuple[int, ...] = ()
     count: int = 0
+    which: tuple[int, ...] = field(default=(), metadata=codec.LATER)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,10 +92,12 @@ class Prefetch:
 class Reorder:
     """``resident_first``: run a layer's resident experts while its first streamed ones are still
     being read. ``paged``: copy the next layer's weights in pages between the transfers of this
-    layer's groups (CGOPipe of MoE-Lightning, arXiv 2411.11217)."""
+    layer's groups (CGOPipe of MoE-Lightning, arXiv 2411.11217). ``barrier``: all engines wait for
+    each other after every group of a layer, and the next layer's weights are copied beside its
+    first group (FlexGen's zig-zag block schedule, arXiv 2303.06865)."""
 
     role: Literal["experts"]
-    order: Literal["resident_first", "paged"]
+    order: Literal["resident_first", "paged", "barrier"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,11 +134,18 @@ class Pipeline:
 @dataclass(frozen=True, slots=True)
 class Assign:
     """Run ``percent`` of a role on an engine: ``all`` on the GPU; then of ``attention`` (in decode,
-    by sequences) or ``experts`` (of every layer) a share on the CPU."""
+    by sequences), ``experts`` (of every layer) or ``linears`` (of every weight matrix that is
+    copied to the GPU, by its columns) a share on the CPU.
 
-    role: Literal["all", "attention", "experts"]
+    With ``by`` load the CPU's experts are chosen in every step, once routing is known: of those
+    that hbm does not hold the ones with the fewest tokens, as many as make the layer shortest, at
+    most ``percent`` of the layer's (HybriMoE, arXiv 2504.05897). Others with tokens are copied.
+    """
+
+    role: Literal["all", "attention", "experts", "linears"]
     engine: Literal["gpu", "cpu"]
     percent: int
+    by: Literal["", "load"] = field(default="", metadata=codec.LATER)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,8 +10,8 @@ from dovetail.ir.moves import Fuse, Move, Place
 from dovetail.ir.program import Flat, Free, Load, Run, Signal, Wait
 from dovetail.ir.units import format_bytes, parse_bytes
 
-_OPTIONAL = ("chunk_tokens", "layer_groups", "readers")
-"""Numbers of a move that are left out where they are what they are without being given."""
+_OPTIONAL = ("by", "chunk_tokens", "layer_groups", "readers")
+"""Parts of a move that are left out where they are what they are without being given."""
 
 
 def move_text(move: Move) -> str:
@@ -23,14 +23,14 @@ def move_text(move: Move) -> str:
     parts = []
     for field in dataclasses.fields(move):
         value = getattr(move, field.name)
+        if field.name in _OPTIONAL and value == field.default:
+            continue
         if isinstance(value, str):
-            parts.append(value)
+            parts.append(f"by {value}" if field.name == "by" else value)
         elif field.name == "block":
             parts.append(f"block={short_bytes(value)}")
         elif field.name == "refill":
             parts.append("refill" if value else "no refill")
-        elif field.name in _OPTIONAL and value == field.default:
-            continue
         else:
             parts.append(f"{field.name}={value}")
     return _call(type(move).__name__.lower(), parts)
@@ -41,7 +41,7 @@ def _place_parts(move: Place) -> list[str]:
     if move.layers:
         parts.append(f"layers={ranges(move.layers)}")
     if move.unit == "experts":
-        parts.append(f"count={move.count}")
+        parts.append(f"which={ranges(move.which)}" if move.which else f"count={move.count}")
     return parts
 
 

@@ -1,7 +1,20 @@
 """The workload: what is to be done."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from dovetail.ir import codec
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """How often tokens of a routing trace chose each expert: ``loads[i]`` are the choices of layer
+    i's experts, empty where a layer has none. ``name`` and ``digest`` say which trace it is."""
+
+    name: str
+    digest: str
+    tokens: int
+    loads: tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -9,11 +22,13 @@ class Workload:
     """Prompts of these lengths (tokens), each continued by at most ``new_tokens``.
 
     ``lengths`` holds (length, how many prompts), longest first, so that thousands of prompts
-    stay a short record.
+    stay a short record. ``routing`` are traces of such prompts; without any, routing is taken as
+    uniform.
     """
 
     lengths: tuple[tuple[int, int], ...]
     new_tokens: int
+    routing: tuple[Routing, ...] = field(default=(), metadata=codec.LATER)
 
     def __post_init__(self) -> None:
         if not self.lengths or any(n < 1 or count < 1 for n, count in self.lengths):

@@ -40,7 +40,9 @@ class Layout:
     ram, ``chunk`` experts make one streamed load; ``rows`` and ``attn_tokens`` bound an attention
     group, ``expert_rows`` and ``head_rows`` the rows of one expert GEMM and of one head GEMM;
     ``buckets`` are the tile sizes of 16-bit products. ``accumulated`` experts run once over all
-    groups' tokens, ``paged`` ones are copied page by page. Without ``device`` the CPU computes."""
+    groups' tokens, ``paged`` ones are copied page by page; with a ``barrier`` engines wait for each
+    other after every group. ``ram_which[i]`` names the experts in ram where a placement chose them.
+    Without ``device`` the CPU computes."""
 
     graph: TaskGraph
     dispatch: Dispatch
@@ -61,6 +63,8 @@ class Layout:
     buckets: tuple[int, ...]
     accumulated: bool
     paged: bool
+    barrier: bool
+    ram_which: tuple[tuple[int, ...], ...]
     pipelines: tuple[Pipeline, ...]
     device: gpu.Device | None
     fused: dict[str, tuple[tuple[str, ...], ...]]
@@ -137,6 +141,8 @@ def apply_moves(graph: TaskGraph, moves: Iterable[Move]) -> Layout:
         buckets=LADDERS[0],
         accumulated=False,
         paged=False,
+        barrier=False,
+        ram_which=((),) * layers,
         pipelines=(),
         device=None,
         fused={body.name: tuple((t.name,) for t in body.tasks) for body in _bodies(graph)},
@@ -163,9 +169,9 @@ def _apply(layout: Layout, move: Move) -> Layout:
                     "prompts whole"
                 )
             layers = len(layout.graph.layers)
-            if not 1 <= move.layer_groups <= layers:
+            if not 0 <= move.layer_groups <= layers:
                 raise VerifyError(
-                    f"dispatch: layer_groups must be from 1 to the {layers} layers, found "
+                    f"dispatch: layer_groups must be from 0 to the {layers} layers, found "
                     f"{move.layer_groups}"
                 )
             if move.layer_groups > 1 and move.chunk_tokens:
@@ -192,6 +198,9 @@ def _apply(layout: Layout, move: Move) -> Layout:
         case Reorder():
             if move.order == "paged":
                 return replace(layout, paged=True)
+            if move.order == "barrier":
+                _device(layout, move)
+                return replace(layout, barrier=True)
             return replace(layout, resident_first=True)
         case Pipeline():
             _device(layout, move)
@@ -237,14 +246,21 @@ def _place(layout: Layout, move: Place) -> Layout:
         for layer in move.layers:
             dense[layer] = in_ram
         return replace(layout, dense_resident=tuple(dense))
-    resident = list(layout.experts_resident)
+    if move.which and layout.device is None:
+        raise VerifyError(
+            f"place experts: found which={move.which}, but without a GPU every expert that is not "
+            "in ram is read in every step, whichever it is: give their count alone"
+        )
+    resident, which = list(layout.experts_resident), list(layout.ram_which)
     for layer in move.layers:
         experts = experts_of(layout.graph, layer)
         most = experts.count if experts else 0
         if not 0 <= move.count <= most:
             raise VerifyError(f"place experts: layer {layer} has {most}, found count {move.count}")
+        gpu.check_which(move, most)
         resident[layer] = move.count if in_ram else 0
-    return replace(layout, experts_resident=tuple(resident))
+        which[layer] = move.which
+    return replace(layout, experts_resident=tuple(resident), ram_which=tuple(which))
 
 
 def _split(layout: Layout, move: Split) -> Layout:
@@ -295,6 +311,16 @@ def _device(layout: Layout, move: Move) -> gpu.Device:
 def _check(layout: Layout) -> None:
     if layout.device is not None:
         gpu.check(layout.device)
+        if layout.barrier and layout.accumulated and layout.rows < layout.dispatch.seqs:
+            raise VerifyError(
+                "a barrier after every group leaves no experts to run over all groups at once: "
+                "leave out reorder(experts, barrier) or accumulate(experts, tokens)"
+            )
+        if layout.barrier and (layout.device.experts_cpu or layout.device.linears_cpu):
+            raise VerifyError(
+                "a barrier after every group with experts or linears on the cpu: FlexGen's "
+                "schedule has neither; leave out reorder(experts, barrier) or the assign move"
+            )
         return
     epilogue = layout.graph.epilogue
     if len(layout.fused[epilogue.name]) > 1:

@@ -6,18 +6,18 @@ With several GPUs, sequences are dealt out evenly and so are every layer's exper
 attention, expert parallelism).
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dovetail.ir.errors import PlanError
 from dovetail.ir.expr import evaluate
-from dovetail.ir.machine import Accelerator, Curve, Machine
-from dovetail.ir.task_graph import ITEMSIZE, Body, Experts
-from dovetail.passes.cost import Costs, OpCost, Workers, expert_parameters, op_cost
+from dovetail.ir.machine import Machine
+from dovetail.ir.task_graph import Body
+from dovetail.ir.workload import Routing
+from dovetail.passes.cost import OpCost, op_cost
+from dovetail.passes.gpu_expert_costs import GpuExpertCosts, curve_of
 
-EXPERT_KERNELS = 3
-"""Launches of a chunk of experts: two grouped products and what joins them."""
+LEAST_KEPT = 0.25
+"""Share of its rate that the CPU keeps at least beside copies: memory controllers are fair."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +41,17 @@ class GroupSeconds:
 
 
 @dataclass(frozen=True, slots=True)
+class Products:
+    """Linear layers of a group: seconds on the GPU and on all of the CPU's workers, and the bytes
+    of what they read beside weights and of what they make."""
+
+    gpu: float
+    host: float
+    read: float
+    made: float
+
+
+@dataclass(frozen=True, slots=True)
 class _BodyCosts:
     before: tuple[OpCost, ...]
     attention: tuple[OpCost, ...]
@@ -48,19 +59,11 @@ class _BodyCosts:
     tail: tuple[OpCost, ...]
 
 
-class GpuCosts:
+class GpuCosts(GpuExpertCosts):
     """Seconds of a model's tasks on a machine's GPU and, where they are assigned to it, its CPU."""
 
-    def __init__(self, machine: Machine, dtype: str) -> None:
-        if machine.accelerator is None:
-            raise PlanError(
-                f"machine {machine.name!r} has no accelerator, which this schedule needs; name a "
-                "machine that has one, or plan for the cpu"
-            )
-        self.machine, self.gpu = machine, machine.accelerator
-        self._dtype, self._item = dtype, ITEMSIZE[dtype]
-        self._host = Costs(machine)
-        self._workers = Workers(dtype, (256,), machine.workers)
+    def __init__(self, machine: Machine, dtype: str, routing: Sequence[Routing] = ()) -> None:
+        super().__init__(machine, dtype, routing)
         self._bodies: dict[int, _BodyCosts] = {}
         self._known: dict[tuple[int, Shape], GroupSeconds] = {}
 
@@ -77,29 +80,6 @@ class GpuCosts:
             )
         return self._known[key]
 
-    def experts(self, experts: Experts, count: float, rows: float) -> float:
-        """Mean seconds of a chunk of ``count`` experts on one GPU that ``rows`` tokens choose on
-        average, each token on its own: some get more, and reading the others' weights takes as
-        long."""
-        if rows <= 0 or count <= 0:
-            return 0.0
-        spread = math.sqrt(rows)
-        weights = {rows - spread: 0.25, rows: 0.5, rows + spread: 0.25}
-        one = sum(w * self._expert(experts, max(1.0, n)) for n, w in weights.items())
-        return count * one + EXPERT_KERNELS * self.gpu.op_seconds
-
-    def _expert(self, experts: Experts, rows: float) -> float:
-        flops = 2 * rows * expert_parameters(experts)
-        moved = experts.nbytes + rows * (2 * experts.hidden + 4 * experts.intermediate) * self._item
-        return max(flops / self._gemm.at(rows), moved / self.gpu.hbm_bandwidth)
-
-    def host_experts(self, experts: Experts, count: float, rows: float) -> float:
-        """Seconds of ``count`` experts over ``rows`` tokens each on all of the CPU's workers."""
-        if rows <= 0 or count <= 0:
-            return 0.0
-        one = self._host.expert_seconds(experts, self._workers, rows, 1 << 30)
-        return count * one / self._host_speedup
-
     def host_attention(self, body: Body, shape: Shape) -> float:
         """Seconds of a decode group's attention on all of the CPU's workers."""
         seconds = 0.0
@@ -110,22 +90,27 @@ class GpuCosts:
             seconds += nbytes / rate
         return seconds / self._host_speedup
 
-    def all_to_all(self, experts: Experts, tokens: float) -> float:
-        """Seconds of sending ``tokens`` of one GPU to their experts' GPUs and back."""
-        others = self.gpu.count - 1
-        if not others or not self.gpu.peer_bandwidth:
-            return 0.0
-        nbytes = 2 * tokens * experts.top_k * experts.hidden * self._item * others / self.gpu.count
-        return nbytes / self.gpu.peer_bandwidth + 2 * self.gpu.op_seconds
-
     @property
-    def _gemm(self) -> Curve:
-        return _curve(self.gpu, "gemm", self._dtype)
+    def beside_copies(self) -> float:
+        """Share of its rate that the CPU keeps while every GPU's link is busy: copies read the same
+        memory as its attention, whose rate is that of the memory."""
+        memory = self._host_speedup * self._host.curve("kv_bandwidth", self._dtype).peak
+        return max(LEAST_KEPT, 1 - self.gpu.count * self.gpu.h2d.peak / memory)
 
-    @property
-    def _host_speedup(self) -> float:
-        machine = self.machine
-        return machine.workers * (machine.keeps("cpu", "cpu") if machine.workers > 1 else 1.0)
+    def products(self, body: Body, shape: Shape) -> "Products":
+        """A group's linear layers in one layer of this body, experts left out."""
+        gpu = host = read = made = 0.0
+        dims = {"seqs": shape.seqs, "q_len": shape.q_len, "past": shape.past}
+        costs = self._body(body)
+        for cost in (*costs.before, *costs.after, *costs.tail):
+            if cost.kind == "gemm":
+                flops, rows = evaluate(cost.flops, **dims), evaluate(cost.rows, **dims)
+                out = evaluate(cost.made, **dims)
+                gpu += self._op(cost, dims)
+                host += self._host.gemm_seconds(flops, rows, self._workers)
+                made += out
+                read += evaluate(cost.bytes, **dims) - out
+        return Products(gpu, host / self._host_speedup, read, made)
 
     def _body(self, body: Body) -> _BodyCosts:
         if id(body) not in self._bodies:
@@ -143,22 +128,12 @@ class GpuCosts:
         arithmetic = 0.0
         if cost.kind == "gemm":
             flops, rows = evaluate(cost.flops, **dims), evaluate(cost.rows, **dims)
-            arithmetic = flops / self._gemm.at(rows)
+            arithmetic = flops / self.gemm.at(rows)
             nbytes += flops / (2 * rows) * self._item
         elif cost.kind == "attention" and dims["q_len"] > 1:
-            curve = _curve(self.gpu, "attention", self._dtype)
+            curve = curve_of(self.gpu, "attention", self._dtype)
             arithmetic = evaluate(cost.flops, **dims) / curve.at(dims["q_len"])
         return max(arithmetic, nbytes / self.gpu.hbm_bandwidth) + self.gpu.op_seconds
-
-
-def _curve(gpu: Accelerator, name: str, dtype: str) -> Curve:
-    curves = gpu.gemm if name == "gemm" else gpu.attention
-    if dtype not in curves:
-        raise PlanError(
-            f"accelerator {gpu.name!r} has no {name} curve for {dtype}, found "
-            f"{', '.join(curves) or 'none'}; add one to the machine file"
-        )
-    return curves[dtype]
 
 
 def _split(body: Body) -> _BodyCosts:

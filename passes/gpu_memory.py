@@ -60,16 +60,16 @@ def _size(weights: tuple[Weight, ...]) -> int:
 def _hbm(layout: Layout, device: Device, gpus: int) -> dict[str, int]:
     graph, sizes = layout.graph, unit_sizes(layout.graph)
     resident = device.embed * sizes.embed + device.head * sizes.head
-    rings = 0 if device.head else sizes.head
+    rings, sent = 0 if device.head else sizes.head, 1 - device.linears_cpu / 100
     resident += sum(n for n, there in zip(sizes.dense, device.dense, strict=True) if there)
     streamed = [n for n, there in zip(sizes.dense, device.dense, strict=True) if not there]
     if streamed:
-        rings += layout.prefetch["dense"].slots * max(streamed)
+        rings += layout.prefetch["dense"].slots * math.ceil(max(streamed) * sent)
     chunk = 0
     for count, there, nbytes in zip(sizes.experts, device.experts, sizes.expert, strict=True):
         resident += math.ceil(there / gpus) * nbytes
         if there < count:
-            chunk = max(chunk, layout.chunk * nbytes)
+            chunk = max(chunk, math.ceil(layout.chunk * nbytes * sent))
     if chunk:
         rings += layout.prefetch["experts"].slots * chunk
     kv = layout.dispatch.kv_tokens * graph.kv_bytes_per_token

@@ -7,15 +7,27 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.ir_cases import captured
+from tests.test_gpu_choose import DECODE
+from tests.test_gpu_choose import MACHINE as GPU_MACHINE
+from tests.test_gpu_choose import setting as gpu_setting
 from tests.test_policies import LOADS, MACHINE, layout_of, moves_of, setting
 
 from dovetail.ir.batching import Step
 from dovetail.ir.errors import VerifyError
-from dovetail.ir.moves import Dispatch
+from dovetail.ir.machine import Curve
+from dovetail.ir.moves import Accumulate, Assign, Dispatch, Reorder
+from dovetail.ir.placement import experts_of
 from dovetail.passes.apply_moves import Layout, apply_moves
 from dovetail.passes.cost import Costs
+from dovetail.passes.gpu_cost import GpuCosts, Shape
+from dovetail.passes.gpu_predict import GpuPredictor
+from dovetail.passes.loop_body import TICK, Loop, StepWork, loop_body
+from dovetail.passes.loop_simulate import pace
 from dovetail.passes.policies.common import Knobs, Setting
+from dovetail.passes.policies.gpu import DEFAULTS, GPU_POLICIES, LINEARS, linears_share
+from dovetail.passes.policies.gpu import moves as gpu_moves
 from dovetail.passes.simulate import Simulator, workload_steps
+from dovetail.solvers.loop_problem import check_problem
 
 LAYERED: Knobs = {**LOADS, "seqs": 8, "rows": 4, "prefill_tokens": 60}
 
@@ -31,8 +43,10 @@ def steps_of(layout: Layout, where: Setting) -> list[Step]:
 def test_one_group_of_layers_is_plain_prefill() -> None:
     where = setting()
     plain = {**LAYERED, "attn_tokens": where.workload.longest, "workers": 2, "refill": True}
-    one = moves_of("layered_prefill", where, {**LAYERED, "layer_groups": 1})
-    assert one == moves_of("module_batch", where, plain)
+    none = moves_of("layered_prefill", where, {**LAYERED, "layer_groups": 0})
+    assert none == moves_of("module_batch", where, plain)
+    one = layout_of("layered_prefill", where, {**LAYERED, "layer_groups": 1})
+    assert steps_of(one, where) == steps_of(apply_moves(where.graph, none), where)
 
 
 @settings(max_examples=25, deadline=None)
@@ -85,7 +99,7 @@ def layer_passes(layout: Layout, where: Setting) -> int:
 def test_groups_of_layers_shorten_the_longest_step_beside_decode() -> None:
     where = setting(lengths=(60,) * 8)
     seconds: dict[int, float] = {}
-    for groups in (1, 2, 4):
+    for groups in (0, 2, 4):
         knobs = {**LAYERED, "seqs": 5, "rows": 1, "layer_groups": groups}
         layout = layout_of("layered_prefill", where, knobs)
         simulator = Simulator(layout, MACHINE, Costs(MACHINE))
@@ -96,7 +110,7 @@ def test_groups_of_layers_shorten_the_longest_step_beside_decode() -> None:
         ]
         assert mixed and all((groups > 1) == any(g.layers for g in s.groups) for s in mixed)
         seconds[groups] = max(simulator.step_seconds(step)[0] for step in mixed)
-    assert seconds[4] < seconds[2] < seconds[1]
+    assert seconds[4] < seconds[2] < seconds[0]
 
 
 def test_groups_of_layers_refuse_what_they_cannot_be() -> None:
@@ -104,7 +118,137 @@ def test_groups_of_layers_refuse_what_they_cannot_be() -> None:
     moves = moves_of("layered_prefill", setting(), {**LAYERED, "layer_groups": 2})
     dispatch = next(m for m in moves if isinstance(m, Dispatch))
     others = [m for m in moves if m is not dispatch]
-    with pytest.raises(VerifyError, match=r"layer_groups must be from 1 to .* found 99"):
+    with pytest.raises(VerifyError, match=r"layer_groups must be from 0 to .* found 99"):
         apply_moves(graph, [replace(dispatch, layer_groups=99), *others])
     with pytest.raises(VerifyError, match="layer_groups=2 with chunk_tokens=8"):
         apply_moves(graph, [replace(dispatch, chunk_tokens=8), *others])
+
+
+# Machines with a GPU.
+
+ROWS: Knobs = {"seqs": 6, "rows": 2, "kv_hbm": 0}
+LINK = Curve((1.0,), (4e9,))
+# A link whose rate does not depend on the block.
+assert GPU_MACHINE.accelerator is not None
+EVEN = replace(GPU_MACHINE, accelerator=replace(GPU_MACHINE.accelerator, h2d=LINK, d2h=LINK))
+
+
+def gpu_layout(knobs: Knobs, share: float = 0.3, family: str = "olmoe") -> Layout:
+    """The layout of these knobs with hbm of ``share`` of the weights."""
+    found = gpu_moves(gpu_setting(family, share), {**DEFAULTS, **knobs})
+    assert found is not None
+    return apply_moves(captured(family), found)
+
+
+def gpu_loop(knobs: Knobs, share: float = 0.3, work: StepWork = DECODE) -> Loop:
+    """The loop body of the first layer."""
+    return loop_body(gpu_layout(knobs, share), GpuCosts(EVEN, "float32"), work, 0)
+
+
+def test_one_nano_batch_is_serial() -> None:
+    """With one group there is nothing to run beside its attention, whatever the streams."""
+    loop = gpu_loop({"seqs": 6, "rows": 6, "kv_hbm": 100, "streams": 2}, share=4.0)
+    total = sum(op.duration for op in loop.problem.ops) * TICK
+    assert {op.engine for op in loop.problem.ops} == {"gpu0", "gpu1"}
+    assert pace(loop).period == pytest.approx(total, rel=1e-3)
+    two = gpu_loop({"seqs": 6, "rows": 3, "kv_hbm": 100, "streams": 2}, share=4.0)
+    busiest = max(two.loads().values())
+    assert busiest <= pace(two).period < sum(two.loads().values())
+
+
+def test_nothing_on_the_cpu_is_streaming() -> None:
+    fixed = GPU_POLICIES["weight_stream"].fixed
+    streamed = {**DEFAULTS, **fixed, "seqs": 4}
+    where = gpu_setting("olmoe", 0.3)
+    none = {"linears_cpu": 0, "experts_cpu": 0, "by_load": False}
+    assert gpu_moves(where, {**streamed, **none}) == gpu_moves(where, streamed)
+
+
+@pytest.mark.parametrize("share", [10, 50, 90])
+def test_the_cpus_share_of_linears_is_not_copied(share: int) -> None:
+    """HeteGen: α of what was copied is computed on the CPU, the rest crosses the link."""
+    knobs = {**ROWS, "kv_hbm": 100, "resident": 0}
+    plain, split = gpu_loop(knobs), gpu_loop({**knobs, "linears_cpu": share})
+
+    def weights(loop: Loop) -> int:
+        return sum(
+            op.duration for op in loop.problem.ops if loop.classes[op.name].startswith("copy:")
+            and op.engine == "h2d" and loop.classes[op.name] != "copy:hidden"
+        )  # fmt: skip
+
+    assert "cpu" not in plain.loads()
+    assert weights(split) == pytest.approx(weights(plain) * (1 - share / 100), abs=12)
+    half = gpu_loop({**knobs, "linears_cpu": 50}).loads()["cpu"]
+    assert split.loads()["cpu"] == pytest.approx(half * share / 50, abs=3 * TICK)
+
+
+def test_the_planned_share_is_that_of_a_sweep() -> None:
+    """The share that balances the rates is next to the one whose steps are shortest."""
+    where = gpu_setting("olmoe", 0.3)
+    planned = linears_share(where, 6)
+    work = StepWork(Shape(6, 1, 1), None)
+    knobs = {"seqs": 6, "rows": 6, "kv_hbm": 100, "resident": 0, "slots": 16}
+    periods = {p: pace(gpu_loop({**knobs, "linears_cpu": p}, work=work)).period for p in LINEARS}
+    assert periods[planned] <= 1.1 * min(periods.values()), (planned, periods)
+
+
+def test_experts_dealt_by_load_take_no_longer_than_fixed_shares_of_them() -> None:
+    costs = GpuCosts(GPU_MACHINE, "float32")
+    experts = experts_of(captured("olmoe"), 0)
+    assert experts is not None
+    one = experts.nbytes / costs.gpu.h2d.at(experts.nbytes)
+    deals = {most: costs.dealt(0, experts, (), 6, most) for most in range(experts.count + 1)}
+    free = deals[experts.count]
+    seconds = {most: max(d.host, d.copies * one + d.copied) for most, d in deals.items()}
+    assert free.host > 0 and seconds[experts.count] <= min(seconds.values()) * 1.05
+    assert deals[0].host == 0 and deals[0].copies == pytest.approx(
+        deals[experts.count].copies + deals[experts.count].host_rows / 1, abs=experts.count
+    )
+    held = costs.dealt(0, experts, tuple(range(experts.count)), 6, experts.count)
+    assert held.copies == held.host == 0
+
+
+def test_a_barrier_ends_every_group_before_the_next() -> None:
+    """FlexGen: a layer takes, for each batch, the longest of what its stage does; the next layer's
+    weights come beside the first batch, each batch's KV beside the one before."""
+    knobs = {**ROWS, "accumulate": False, "layers": 2, "barrier": True, "resident": 0}
+    loop = gpu_loop(knobs, work=StepWork(Shape(6, 1, 200), None))
+    seconds = {op.name: op.duration * TICK for op in loop.problem.ops}
+    groups = [name.removeprefix("kv_in_") for name in seconds if name.startswith("kv_in_")]
+    assert len(groups) == 3
+    weights = sum(t for name, t in seconds.items() if name.startswith("copy_"))
+    total = 0.0
+    for i, group in enumerate(groups):
+        compute = seconds[f"attention_{group}"] + seconds[f"experts_group{i}"]
+        link = seconds[f"kv_in_{groups[(i + 1) % 3]}"] + (weights if i == 0 else 0.0)
+        total += max(compute, link, seconds[f"kv_out_{groups[i - 1]}"])
+    assert pace(loop).period == pytest.approx(total, rel=1e-3)
+    check_problem(loop.problem)
+
+
+def test_a_barrier_with_one_batch_is_the_longest_of_its_engines() -> None:
+    knobs = {"seqs": 6, "rows": 6, "kv_hbm": 0, "accumulate": False, "layers": 2, "resident": 0}
+    loop = gpu_loop({**knobs, "barrier": True})
+    assert pace(loop).period == pytest.approx(max(loop.loads().values()), rel=1e-3)
+
+
+def test_a_barrier_refuses_what_it_cannot_order() -> None:
+    moves = gpu_moves(gpu_setting("olmoe", 0.3), {**DEFAULTS, **ROWS, "accumulate": False})
+    assert moves is not None
+    barrier = Reorder("experts", "barrier")
+    with pytest.raises(VerifyError, match="with experts or linears on the cpu"):
+        apply_moves(captured("olmoe"), [*moves, barrier, Assign("linears", "cpu", 50)])
+    with pytest.raises(VerifyError, match="no experts to run over all groups at once"):
+        apply_moves(captured("olmoe"), [*moves, barrier, Accumulate("experts", "tokens")])
+    with pytest.raises(VerifyError, match="only experts have loads"):
+        apply_moves(captured("olmoe"), [*moves, Assign("linears", "cpu", 50, "load")])
+
+
+def test_layered_steps_of_a_gpu_blend_mixed_and_decode_steps() -> None:
+    layout = gpu_layout({"seqs": 6, "rows": 6, "kv_hbm": 100, "refill": True}, share=4.0)
+    predictor = GpuPredictor(layout, GpuCosts(GPU_MACHINE, "float32"))
+    decode, prompt = Shape(4, 1, 20), Shape(2, 24, 0)
+    mixed, plain = (predictor.step(StepWork(decode, p))[0] for p in (prompt, None))
+    for groups in (2, 4):
+        layered = predictor.step(StepWork(decode, prompt, groups))[0]
+        assert layered == pytest.approx(mixed / groups + plain * (1 - 1 / groups))

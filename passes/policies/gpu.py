@@ -8,6 +8,7 @@ ram; what is left stays on disk.
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Literal
 
 from dovetail.ir.machine import Machine
 from dovetail.ir.moves import (
@@ -22,14 +23,19 @@ from dovetail.ir.moves import (
     Split,
     Tier,
 )
+from dovetail.ir.placement import experts_of
 from dovetail.ir.task_graph import TaskGraph
 from dovetail.ir.workload import Workload
 from dovetail.passes.apply_moves import apply_moves
+from dovetail.passes.gpu_cost import GpuCosts, Shape
 from dovetail.passes.gpu_memory import tier_bytes, unit_sizes
 from dovetail.passes.policies.common import Knobs, fuse_moves, max_experts, powers
+from dovetail.solvers import linear_share
 
 BLOCK = 64 << 20
 """Bytes of one disk read or copy."""
+LINEARS = (0, 5, 10, 20, 30, 40, 50, 60, 70, 80, 90)
+"""Percent of what is copied that the CPU may compute."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,21 +90,24 @@ DEFAULTS: Knobs = {
     "kv_hbm": 0,
     "attention_cpu": 0,
     "experts_cpu": 0,
+    "by_load": False,
+    "linears_cpu": 0,
     "resident": 100,
     "streams": 1,
     "layers": 0,
     "accumulate": True,
     "paged": False,
+    "barrier": False,
     "refill": False,
-    "layer_groups": 1,
+    "layer_groups": 0,
     "one_batch": False,
     "whole": False,
 }
-"""``kv_hbm``, ``attention_cpu`` and ``experts_cpu`` in percent; ``resident`` percent of the weights
-that fit are kept in hbm; ``streams`` 2 runs decode attention beside matrix products; prompts pass
-one of ``layer_groups`` a step; ``layers`` whole layers of buffers, instead of ``slots`` loads of
-``chunk`` experts; ``one_batch`` makes all sequences one group; ``whole`` allows only what fits into
-hbm entirely."""
+"""``kv_hbm``, ``attention_cpu``, ``experts_cpu`` (chosen in every step ``by_load``) and
+``linears_cpu`` in percent; ``resident`` percent of the weights that fit are kept in hbm;
+``streams`` 2 runs decode attention beside matrix products; prompts pass one of ``layer_groups`` a
+step; ``layers`` whole layers of buffers, instead of ``slots`` loads of ``chunk`` experts;
+``one_batch`` makes all sequences one group; ``whole`` allows only what fits into hbm entirely."""
 
 GPU_POLICIES = {
     policy.name: policy
@@ -124,7 +133,7 @@ GPU_POLICIES = {
         GpuPolicy(
             "zigzag",
             "FlexGen (arXiv 2303.06865)",
-            {"accumulate": False, "layers": 2},
+            {"accumulate": False, "layers": 2, "barrier": True},
             ("seqs", "rows", "kv_hbm"),
         ),
         GpuPolicy(
@@ -141,9 +150,9 @@ GPU_POLICIES = {
         ),
         GpuPolicy(
             "hybrid_cpu_gpu",
-            "HybriMoE (arXiv 2504.05897), KTransformers, Fiddler (arXiv 2402.07033)",
+            "HybriMoE (arXiv 2504.05897), HeteGen (arXiv 2403.01164), Fiddler (arXiv 2402.07033)",
             {"kv_hbm": 100},
-            ("seqs", "rows", "experts_cpu"),
+            ("seqs", "rows", "experts_cpu", "by_load", "linears_cpu"),
         ),
         GpuPolicy(
             "nano_overlap",
@@ -169,7 +178,7 @@ GPU_POLICIES = {
             {},
             (
                 "seqs", "rows", "prefill_tokens", "kv_hbm", "attention_cpu", "experts_cpu",
-                "slots", "chunk", "refill", "streams",
+                "by_load", "linears_cpu", "slots", "chunk", "refill", "streams",
             ),
         ),
     )
@@ -190,11 +199,13 @@ def ladders(setting: GpuSetting) -> dict[str, tuple[int | bool, ...]]:
         "kv_hbm": percent,
         "attention_cpu": percent,
         "experts_cpu": (0, 10, 25, 50, 75, 90, 100),
+        "by_load": (False, True),
+        "linears_cpu": LINEARS,
         "slots": (2, 3, 4, 6, 8, 12, 16),
         "chunk": tuple(n for n in (1, 2, 4, 8, 16) if n <= max(1, max_experts(setting.graph))),
         "refill": (False, True),
         "streams": (1, 2),
-        "layer_groups": tuple(n for n in (1, 2, 4, 8, 16) if n <= len(setting.layers)),
+        "layer_groups": tuple(n for n in (0, 2, 4, 8, 16) if n <= len(setting.layers)),
     }
 
 
@@ -218,6 +229,28 @@ def starts(setting: GpuSetting, policy: GpuPolicy) -> Iterator[Knobs]:
             yield {**base, "kv_hbm": 0, "attention_cpu": 100}
         if "experts_cpu" in policy.free:
             yield {**base, "kv_hbm": 100, "experts_cpu": 50}
+        if "by_load" in policy.free:
+            yield {**base, "kv_hbm": 100, "experts_cpu": 100, "by_load": True}
+        if "linears_cpu" in policy.free:
+            yield {**base, "kv_hbm": 100, "linears_cpu": linears_share(setting, seqs)}
+
+
+def linears_share(setting: GpuSetting, tokens: int) -> int:
+    """HeteGen's share of what is copied, in percent, from the ladder: that which balances CPU, link
+    and GPU in the widest layer when ``tokens`` tokens pass it and nothing is in hbm."""
+    graph, costs = setting.graph, GpuCosts(setting.machine, setting.graph.dtype)
+    layer = max(setting.layers, key=lambda i: unit_sizes(graph).experts[i])
+    body, shape = graph.body(layer), Shape(tokens, 1, 0)
+    whole = costs.products(body, shape)
+    nbytes, cpu, gpu = float(unit_sizes(graph).dense[layer]), whole.host, whole.gpu
+    if spec := experts_of(graph, layer):
+        loads = costs.loads.of(layer, spec, None, tokens)
+        nbytes += spec.count * spec.nbytes
+        cpu += costs.host_loads(spec, loads)
+        gpu += costs.expert_loads(spec, loads, 1 << 30)
+    link = nbytes / costs.gpu.h2d.peak
+    best = 100 * linear_share.solve(cpu, link, gpu).value
+    return min(LINEARS, key=lambda percent: abs(percent - best))
 
 
 def moves(setting: GpuSetting, knobs: Knobs) -> tuple[Move, ...] | None:
@@ -226,7 +259,8 @@ def moves(setting: GpuSetting, knobs: Knobs) -> tuple[Move, ...] | None:
     seqs = int(knobs["seqs"])
     rows = seqs if knobs["one_batch"] else min(int(knobs["rows"]), seqs)
     kv_hbm, attention_cpu = int(knobs["kv_hbm"]), int(knobs["attention_cpu"])
-    if kv_hbm + attention_cpu > 100:
+    beside = knobs["experts_cpu"] or knobs["linears_cpu"]
+    if kv_hbm + attention_cpu > 100 or (knobs["barrier"] and beside):
         return None
     longest = setting.workload.longest
     prefill = max(longest, min(int(knobs["prefill_tokens"]), seqs * longest))
@@ -259,8 +293,13 @@ def moves(setting: GpuSetting, knobs: Knobs) -> tuple[Move, ...] | None:
         fixed.append(Reorder("experts", "paged"))
     if attention_cpu:
         fixed.append(Assign("attention", "cpu", attention_cpu))
+    if knobs["barrier"]:
+        fixed.append(Reorder("experts", "barrier"))
     if knobs["experts_cpu"]:
-        fixed.append(Assign("experts", "cpu", int(knobs["experts_cpu"])))
+        by: Literal["", "load"] = "load" if knobs["by_load"] else ""
+        fixed.append(Assign("experts", "cpu", int(knobs["experts_cpu"]), by))
+    if knobs["linears_cpu"]:
+        fixed.append(Assign("linears", "cpu", int(knobs["linears_cpu"])))
     return _fill(setting, fixed, knobs)
 
 
@@ -290,7 +329,9 @@ def _fill(setting: GpuSetting, fixed: list[Move], knobs: Knobs) -> tuple[Move, .
         if size <= budget:
             chosen.append(move)
             budget -= size
-    count, everything = _experts_in_hbm(setting, budget, int(knobs["experts_cpu"]))
+    # Experts that a step deals out by load may each be wanted on the GPU.
+    on_cpu = 0 if knobs["by_load"] else int(knobs["experts_cpu"])
+    count, everything = _experts_in_hbm(setting, budget, on_cpu)
     chosen += _place_experts(setting, "hbm", count)
     if knobs["whole"] and not (everything and Place("dense", "hbm", layers) in chosen):
         return None

@@ -25,7 +25,7 @@ def starts(setting: Setting) -> Iterator[Knobs]:
         yield {**lean, **tokens, "layer_groups": many, "embed": False}
         few = {"layer_groups": min(2, many), "chunk": loads[len(loads) // 2]}
         yield {**rich, **tokens, **few, "embed": True}
-    yield {**module_batch.leanest(setting), "layer_groups": 1}
+    yield {**module_batch.leanest(setting), "layer_groups": 0}
 
 
 def ladders(setting: Setting) -> Ladders:
@@ -34,8 +34,8 @@ def ladders(setting: Setting) -> Ladders:
         "seqs", "rows", "prefill_tokens", "chunk", "slots", "expert_rows", "head_rows", "embed"
     )  # fmt: skip
     shared = module_batch.ladders(setting)
-    groups = tuple(n for n in powers(1, len(setting.layers)) if n <= 16)
-    return {name: shared[name] for name in names} | {"layer_groups": groups}
+    groups = tuple(n for n in powers(2, len(setting.layers)) if n <= min(16, len(setting.layers)))
+    return {name: shared[name] for name in names} | {"layer_groups": (0, *groups)}
 
 
 def moves(setting: Setting, knobs: Knobs) -> tuple[Move, ...] | None:

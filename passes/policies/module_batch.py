@@ -173,7 +173,7 @@ def moves(setting: Setting, knobs: Knobs) -> tuple[Move, ...] | None:
             setting.workload.longest,
             refill=bool(knobs.get("refill", True)),
             chunk_tokens=int(knobs.get("chunk_tokens", 0)),
-            layer_groups=int(knobs.get("layer_groups", 1)),
+            layer_groups=int(knobs.get("layer_groups", 0)),
         ),
         *base_moves(setting.graph, setting.budget),
         Split("attention", "seqs", rows),

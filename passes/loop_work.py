@@ -1,0 +1,59 @@
+"""What a step of a GPU plan processes, and the loop over layers that it becomes: plain records."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from dovetail.passes.gpu_cost import Shape
+from dovetail.solvers.loop_problem import LoopProblem
+
+TICK = 1e-6
+"""Seconds of one tick of the loop problem."""
+Order = Mapping[str, tuple[tuple[str, int], ...]]
+"""For every engine its operations in order, each with how many iterations it runs ahead."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepWork:
+    """What one step processes: in decode ``seqs`` sequences with ``past`` tokens before; in prefill
+    ``seqs`` prompts of ``q_len`` tokens. A mixed step has both; with ``layer_groups`` its prompts
+    take only one of so many groups of layers (layered prefill)."""
+
+    decode: Shape | None
+    prefill: Shape | None
+    layer_groups: int = 1
+
+    @property
+    def kind(self) -> Literal["decode", "prefill", "mixed"]:
+        """What the step does."""
+        if self.decode and self.prefill:
+            return "mixed"
+        return "decode" if self.decode else "prefill"
+
+    @property
+    def tokens(self) -> int:
+        """New tokens of the step."""
+        return sum(s.seqs * s.q_len for s in (self.decode, self.prefill) if s)
+
+    @property
+    def seqs(self) -> int:
+        """Sequences that get a token."""
+        return sum(s.seqs for s in (self.decode, self.prefill) if s)
+
+
+@dataclass(frozen=True, slots=True)
+class Loop:
+    """The body of one kind of layer, the engines' order, what each operation is called in a
+    timeline, and the bytes that each link moves."""
+
+    problem: LoopProblem
+    order: Order
+    classes: Mapping[str, str]
+    nbytes: Mapping[str, float]
+
+    def loads(self) -> dict[str, float]:
+        """Busy seconds of every engine in one iteration."""
+        busy: dict[str, float] = {}
+        for op in self.problem.ops:
+            busy[op.engine] = busy.get(op.engine, 0.0) + op.duration * TICK
+        return busy
