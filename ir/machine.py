@@ -102,8 +102,9 @@ class Machine:
     sources: Mapping[str, str] = field(default_factory=dict)
     """Where a figure comes from, where it was not measured by ``dovetail calibrate``."""
     corrections: Mapping[str, float] = field(default_factory=dict, metadata=LATER)
-    """By how much the measured seconds of a class of work exceed those of the curves (1 or more), as
-    ``dovetail tune`` found: ``run:experts``, ``run:groups``, ``run:seqs``, ``load:RING``, ``step``."""
+    """By how much the measured seconds of a class of work exceed those of the curves, 1 or more, as
+    `dovetail tune` found: ``run:experts``, ``run:groups``, ``run:seqs``, ``load:RING``, and
+    ``step`` for what is left of a step when these are corrected."""
 
     def corrected(self, work: str) -> float:
         """The factor by which this class of work takes longer than the curves say."""

@@ -59,6 +59,7 @@ class _StepModel:
 
     def __init__(self, layout: Layout, machine: Machine, costs: Costs) -> None:
         self._layout = layout
+        self._slower = machine.corrected("step")
         self._program: Program = lower(layout, {})
         self._durations = Durations(layout, self._program, machine, costs)
         self._cpu = list(unroll(self._program.engines["cpu0"]))
@@ -98,7 +99,7 @@ class _StepModel:
     def seconds(self, parts: _Parts) -> float:
         """Seconds of a step: the disk works under attention only as far as the rings reach."""
         hidden = min(self._ahead, parts.groups)
-        return max(
+        return self._slower * max(
             parts.groups + parts.experts,
             self._disk,
             parts.groups + self._disk - hidden,

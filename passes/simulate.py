@@ -173,7 +173,8 @@ class Simulator:
                 cpu = [s for s in timeline.spans if s.engine not in self._readers]
                 ends = [max(s.end for s in cpu if s.step == i) for i in (0, 1)]
             classes = seconds_by_class(timeline.step(1).spans)
-            self._known[key] = (ends[1] - ends[0], classes)
+            seconds = (ends[1] - ends[0]) * self.machine.corrected("step")
+            self._known[key] = (seconds, classes)
         return self._known[key]
 
     def _contended(self, step: Step) -> Durations:

@@ -34,11 +34,16 @@ class StepReport:
     tokens: int
 
 
+Observer = Callable[[Sequence[tuple[int, int]], Tensor], None]
+"""Is shown the logits ``[n, vocab]``, only lent, of n (request, number of the new token)."""
+
+
 class Generator:
     """Generates for many prompts under one program.
 
     ``prompts`` maps each request's index to its token ids. Use as a context manager; ``steps``
-    yields a report per step. Raises what the executor raises.
+    yields a report per step. Raises what the executor raises. ``observer``, if set, is shown all
+    logits by the threads that made them.
     """
 
     def __init__(
@@ -55,6 +60,7 @@ class Generator:
         self._admission = program.settings.admission
         self._made: dict[int, list[int]] = {}
         self._order: list[int] = []
+        self.observer: Observer | None = None
         self.runtime = Runtime(graph, program, constants, index, functions, self._choose)
 
     def __enter__(self) -> "Generator":
@@ -106,6 +112,9 @@ class Generator:
         return {"input_ids": padded, "position_ids": positions}
 
     def _choose(self, logits: Tensor, places: range) -> Tensor:
+        if self.observer is not None:
+            indices = [self._order[place] for place in places]
+            self.observer([(i, len(self._made.get(i, []))) for i in indices], logits)
         who = []
         if not self._sampling.greedy:
             indices = (self._order[place] for place in places)

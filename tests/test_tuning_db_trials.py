@@ -70,15 +70,20 @@ def test_trials_come_back_as_stored(tmp_path: Path) -> None:
         assert Trials(db).latest_correction({}, SOFTWARE) is None
 
 
-def test_trials_of_other_environments_are_found_with_their_environment(tmp_path: Path) -> None:
+def test_keys_of_other_environments_and_protocols_are_found(tmp_path: Path) -> None:
     with Database.open(tmp_path / "a.db") as db:
         tuning = Trials(db).begin(TUNING)
-        Trials(db).add(tuning.uid, KEY, trial(0, 1.0))
-        Trials(db).add(tuning.uid, replace(KEY, silicon={"cores": "4"}), trial(1, 1.0))
-        found = {
-            e.environment["cores"]: [t.number for t in e.trials] for e in Trials(db).anywhere(KEY)
-        }
-    assert found == {"2": [0], "4": [1]}
+        keys = [
+            KEY,
+            replace(KEY, silicon={"cores": "4"}),
+            replace(KEY, protocol=Protocol("whole", Workload.of([5], 2))),
+        ]
+        for number, key in enumerate(keys):
+            Trials(db).add(tuning.uid, key, trial(number, 1.0))
+        Trials(db).add(tuning.uid, replace(KEY, source="other"), trial(3, 1.0))
+        found = Trials(db).keys_of(KEY.task, KEY.workload, KEY.source)
+        assert len(found) == 3 and all(key in found for key in keys)
+        assert [[t.number for t in Trials(db).of(key)] for key in keys] == [[0], [1], [2]]
 
 
 def test_a_number_is_given_once_in_a_tuning(tmp_path: Path) -> None:

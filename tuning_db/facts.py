@@ -29,11 +29,13 @@ class Task:
 @dataclass(frozen=True, slots=True)
 class Protocol:
     """How a trial is timed. ``mode`` is ``whole`` (the workload from its first step to its last) or
-    ``simulated`` (the cost model's seconds); ``sample`` the workload that is run, if it is a part
-    of the one that is tuned for; ``paired`` whether the default runs beside every sample."""
+    ``simulated`` (the cost model's seconds); ``sample`` the workload that is run, often a part of
+    the one that is tuned for; ``default`` names what candidates are compared with (the digest of
+    its moves); ``paired`` says that it runs beside every sample."""
 
     mode: Literal["whole", "simulated"]
     sample: Workload
+    default: str = ""
     paired: bool = True
     version: int = 1
 

@@ -9,21 +9,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from dovetail.ir import codec
+from dovetail.ir.workload import Workload
 from dovetail.tuning_db.database import Database, Identity, new_uid, now
-from dovetail.tuning_db.facts import Correction, Key, Stop, Trial, Tuning
+from dovetail.tuning_db.facts import Correction, Key, Protocol, Stop, Task, Trial, Tuning
 
 _TRIAL = (
     "SELECT trial.number, parameters, knobs, state, samples, default_samples, predicted_seconds,"
     " max_error, note, trial.uid, trial.created_at"
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Elsewhere:
-    """Trials of one task and workload in one environment, which may be another one."""
-
-    environment: Mapping[str, str]
-    trials: tuple[Trial, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +98,7 @@ class Trials:
             " ORDER BY trial.created_at, trial.uid",
             (
                 codec.digest(key.task),
-                _workload_digest(key),
+                _workload_digest(key.workload, key.source),
                 codec.digest(key.protocol),
                 codec.digest(key.silicon),
                 codec.digest(key.software),
@@ -113,26 +106,28 @@ class Trials:
         )
         return [self._trial(row) for row in rows]
 
-    def anywhere(self, key: Key) -> list[Elsewhere]:
-        """The trials of the key's task and workload by environment, however they were timed."""
+    def keys_of(self, task: Task, workload: Workload, source: str) -> list[Key]:
+        """The keys of all trials of a task and workload, wherever and however they were timed."""
         rows = self.database.rows(
-            f"{_TRIAL}, silicon, software FROM trial JOIN task ON task.id = task"
-            " JOIN workload ON workload.id = trial.workload"
+            "SELECT DISTINCT protocol.protocol, silicon, software FROM trial"
+            " JOIN task ON task.id = task JOIN workload ON workload.id = trial.workload"
+            " JOIN protocol ON protocol.id = trial.protocol"
             " JOIN environment ON environment.id = environment"
             " WHERE task.digest = ? AND workload.digest = ?"
-            " ORDER BY trial.created_at, trial.uid",
-            (codec.digest(key.task), _workload_digest(key)),
+            " ORDER BY silicon, software, protocol.protocol",
+            (codec.digest(task), _workload_digest(workload, source)),
         )
-        found: dict[tuple[str, str], list[Trial]] = {}
-        for *row, silicon, software in rows:
-            found.setdefault((silicon, software), []).append(self._trial(tuple(row)))
+        record = self.database.record
         return [
-            Elsewhere(
-                self.database.record(where[0], dict[str, str], "an environment")
-                | self.database.record(where[1], dict[str, str], "an environment"),
-                tuple(trials),
+            Key(
+                task,
+                workload,
+                record(protocol, Protocol, "a protocol"),
+                record(silicon, dict[str, str], "an environment"),
+                record(software, dict[str, str], "an environment"),
+                source,
             )
-            for where, trials in sorted(found.items())
+            for protocol, silicon, software in rows
         ]
 
     def tunings(self) -> list[Tuning]:
@@ -199,7 +194,7 @@ class Trials:
         )
         workload = self._named(
             "workload",
-            _workload_digest(key),
+            _workload_digest(key.workload, key.source),
             {"workload": codec.canonical(key.workload), "source": key.source},
         )
         content = {"protocol": codec.canonical(key.protocol)}
@@ -233,6 +228,6 @@ class Trials:
         )
 
 
-def _workload_digest(key: Key) -> str:
+def _workload_digest(workload: Workload, source: str) -> str:
     """Where a workload comes from is part of what it is: two may be as long and route otherwise."""
-    return codec.digest([codec.encode(key.workload), key.source])
+    return codec.digest([codec.encode(workload), source])

@@ -10,7 +10,7 @@ from pathlib import Path
 from dovetail import __version__
 from dovetail.ir.errors import DovetailError
 from dovetail.system_errors import as_output_error
-from dovetail.tuning_cli import db_parser
+from dovetail.tuning_cli import db_parser, tune_parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -54,6 +54,7 @@ def make_parser() -> argparse.ArgumentParser:
     _explain_parser(actions.add_parser("explain", help="why this plan, and what more would give"))
     _timeline_parser(actions.add_parser("timeline", help="write and draw the timeline"))
     _report_parser(actions.add_parser("report", help="write all of it as one page with charts"))
+    tune_parser(commands.add_parser("tune", help="measure schedules and export the best plan"))
     db_parser(commands.add_parser("db", help="the tuning database: status, merge, prune, export"))
     return parser
 

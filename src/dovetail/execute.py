@@ -18,7 +18,7 @@ from dovetail.ir.units import format_bytes
 from dovetail.passes.apply_moves import apply_moves
 from dovetail.passes.lower import lower
 from dovetail.runtime import memory
-from dovetail.runtime.generate import Generator, StepReport
+from dovetail.runtime.generate import Generator, Observer, StepReport
 from dovetail.runtime.routing_sink import RoutingSink
 from dovetail.runtime.safetensors_index import CheckpointIndex
 from dovetail.runtime.sampling import Sampling
@@ -96,6 +96,10 @@ class Execution:
     ) -> None:
         self._take_stock()
         self._generator.__exit__(kind, error, trace)
+
+    def observe(self, observer: Observer) -> None:
+        """Show all logits to ``observer`` from now on."""
+        self._generator.observer = observer
 
     def steps(
         self, requests: Sequence[Request], prompt: Callable[[int], Sequence[int]]

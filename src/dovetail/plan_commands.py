@@ -48,10 +48,10 @@ def make(options: argparse.Namespace) -> int:
         policy=options.policy,
         machine=options.machine,
     )
-    with _written(out):
+    with written(out):
         out.parent.mkdir(parents=True, exist_ok=True)
     plan, captured = plan_here(request, _note, model)
-    with _written(out):
+    with written(out):
         captured.save(out.parent)
         save_plan(plan, out)
     print(print_plan(plan))
@@ -171,7 +171,8 @@ def report(path: Path, out: Path, *, fast: bool) -> int:
 
 
 @contextmanager
-def _written(out: Path) -> Iterator[None]:
+def written(out: Path) -> Iterator[None]:
+    """Turns what the system says of a plan's place into an OutputError."""
     try:
         yield
     except OSError as error:

@@ -21,6 +21,7 @@ from dovetail.ir.units import format_bytes
 from dovetail.ir.workload import Workload
 from dovetail.system_errors import as_output_error
 from dovetail.tuning_db.database import Database, default_path
+from dovetail.tuning_db.trials import Trials
 
 PLAN_FILE = "plan.json"
 CONFIG_FILE = "config.json"
@@ -223,8 +224,9 @@ def find_machine(name: str, weights: Sequence[Path], note: Note) -> Machine:
     device = host.disk_device(files[0])
     with Database.open() as database:
         known = database.latest_calibration(host.silicon(), device, host.software(), PROTOCOL)
+        correction = Trials(database).latest_correction(host.silicon(), host.software())
     if known is not None:
-        return known
+        return known if correction is None else replace(known, corrections=correction.factors)
     note("calibrating this machine, once (about half a minute)")
     return calibrate_and_store(files)
 

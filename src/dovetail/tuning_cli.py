@@ -4,6 +4,48 @@ import argparse
 from pathlib import Path
 
 
+def tune_parser(parser: argparse.ArgumentParser) -> None:
+    """`dovetail tune`."""
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a model folder")
+    parser.add_argument(
+        "--workload",
+        required=True,
+        metavar="IN.jsonl|WORKLOAD",
+        help="prompts to tune for, or PROMPTSxLENGTH+NEW, a published workload or a JSON file",
+    )
+    parser.add_argument("--budget", help="such as ram=4GiB; half of this machine's by default")
+    parser.add_argument("--time", default="10m", metavar="DURATION", help="seconds of measuring")
+    parser.add_argument("--db", type=Path, metavar="FILE.db", help="the cache's by default")
+    parser.add_argument("-o", "--out", type=Path, default=Path("plan.json"))
+    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="64 for a file of prompts")
+    parser.add_argument("--policy", default="auto", metavar="NAME", help="of the untuned plan")
+    parser.add_argument("--machine", default="", metavar="NAME|FILE", help="plan by its curves")
+    parser.add_argument(
+        "--sampler", default="coordinate", choices=("coordinate", "tpe", "nsga2", "random")
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--skip-bad", action="store_true", help="leave bad prompt lines out")
+    parser.add_argument(
+        "--target", default="", metavar="MACHINE", help="tune for this machine by simulation only"
+    )
+    parser.add_argument(
+        "--replay", type=Path, metavar="FILE.db", help="decide from these rows, time nothing"
+    )
+    parser.add_argument("--ray", type=int, metavar="N", help="N tuners on a Ray cluster")
+    parser.add_argument("--json", action="store_true", help="print what was found as JSON")
+    # For the tuners that `--ray` starts: the time that the sample is cut for, and a search of one's
+    # own over the same workload.
+    parser.add_argument("--sample-for", help=argparse.SUPPRESS)
+    parser.add_argument("--search-seed", type=int, help=argparse.SUPPRESS)
+    parser.set_defaults(command=_tune)
+
+
+def _tune(options: argparse.Namespace) -> int:
+    from dovetail.tune import tune
+
+    return tune(options)
+
+
 def db_parser(parser: argparse.ArgumentParser) -> None:
     """`dovetail db status|merge|prune|export`."""
     actions = parser.add_subparsers(title="actions", required=True, metavar="ACTION")

@@ -1,0 +1,307 @@
+"""`dovetail tune`: measure schedules near the planner's optimum and export the best, or the plan
+that there was.
+
+The clock starts when the untuned plan is made and the worker is ready. What is measured goes to the
+tuning database at once, so that the same command goes on after any interruption.
+"""
+
+import argparse
+import json
+import shlex
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from dovetail.capture.captured import Captured
+from dovetail.checkpoint import ModelFolder
+from dovetail.ir import codec
+from dovetail.ir.errors import InputError
+from dovetail.ir.plan import Plan, save_plan
+from dovetail.ir.task_graph import TaskGraph
+from dovetail.ir.units import format_duration, parse_duration
+from dovetail.ir.workload import Workload
+from dovetail.passes.apply_moves import Layout, apply_moves
+from dovetail.passes.cost import Costs
+from dovetail.passes.policies.common import Setting
+from dovetail.passes.simulate import Simulator
+from dovetail.plan_commands import written
+from dovetail.planning import PLAN_FILE, Request, plan_apart
+from dovetail.run import ram_budget
+from dovetail.runtime import calibrate_host as host
+from dovetail.staleness import Grade, code_digest, compare
+from dovetail.tune_correct import correct
+from dovetail.tune_measure import Measurer
+from dovetail.tune_plan import decide, evidence_of, plan_of, summary
+from dovetail.tune_progress import TuneProgress
+from dovetail.tune_rank import Ranker
+from dovetail.tune_sample import Prompts, read_workload, run_seconds, sample_of
+from dovetail.tune_samplers import make_sampler
+from dovetail.tune_search import Clock, Search
+from dovetail.tune_space import Space, knob_shares, moves_digest
+from dovetail.tune_worker import Job
+from dovetail.tuning_db.database import Database, default_path
+from dovetail.tuning_db.facts import Key, Protocol, Stop, Task, Trial, Tuning
+from dovetail.tuning_db.trials import Trials
+from dovetail.tuning_db.winners import ranked
+
+SEEDS = 5
+"""So many of the best of other environments are timed first."""
+
+
+def tune(options: argparse.Namespace) -> int:
+    """The whole command. Raises DovetailError."""
+    check_out(options.out)
+    if options.replay is not None:
+        from dovetail.tune_replay import replay
+
+        return replay(options)
+    if options.target:
+        from dovetail.tune_simulated import tune_simulated
+
+        return tune_simulated(options)
+    if options.ray:
+        from dovetail.tune_ray import tune_on_ray
+
+        return tune_on_ray(options)
+    plan = tune_here(options)
+    report(plan, options.out, as_json=options.json)
+    return 0
+
+
+def tune_here(options: argparse.Namespace) -> Plan:
+    """Tune on this machine, write the plan with its graph and return it."""
+    seconds = parse_duration(options.time)
+    database = options.db or default_path()
+    folder = ModelFolder.open(options.checkpoint)
+    prompts = read_workload(
+        folder, options.workload, options.max_new_tokens, options.skip_bad, options.seed
+    )
+    with tempfile.TemporaryDirectory(prefix="dovetail-tune-") as scratch:
+        cut_for = parse_duration(options.sample_for) if options.sample_for else seconds
+        job = make_job(options, folder, prompts, Path(scratch), cut_for)
+        seed = options.seed if options.search_seed is None else options.search_seed
+        with Database.open(database) as opened:
+            plan = Tuner(job, Trials(opened), options.sampler, seed, seconds).run()
+        save(plan, job.captured, options.out)
+    return plan
+
+
+@dataclass(frozen=True, slots=True)
+class TuneJob:
+    """What is tuned: the untuned plan, what candidates run, and where the worker's files are."""
+
+    untuned: Plan
+    captured: Captured
+    checkpoint: Path
+    sample: Prompts
+    share: float
+    key: Key
+    scratch: Path
+    described: bool = False
+    """Whether the plan's machine comes from a file, and so has nothing to be corrected here."""
+
+    @property
+    def graph(self) -> TaskGraph:
+        """The model's task graph."""
+        return self.captured.graph
+
+    @property
+    def layout(self) -> Layout:
+        """The untuned schedule."""
+        return apply_moves(self.graph, self.untuned.moves)
+
+    @property
+    def setting(self) -> Setting:
+        """What schedules are made for."""
+        plan = self.untuned
+        ram = plan.budget["ram"] - plan.machine.process_bytes
+        return Setting(self.graph, plan.machine, ram, plan.workload)
+
+
+def make_job(
+    options: argparse.Namespace, folder: ModelFolder, prompts: Prompts, scratch: Path, time: float
+) -> TuneJob:
+    """Plan, and cut the workload down to what can be run many times in ``time`` seconds."""
+    note("planning")
+    request = Request(
+        checkpoint=str(folder.path),
+        budget=ram_budget(options.budget),
+        workload=prompts.workload,
+        policy=options.policy,
+        machine=options.machine,
+    )
+    plan, captured = plan_apart(request, scratch, note)
+    layout = apply_moves(captured.graph, plan.moves)
+    simulator = Simulator(layout, plan.machine, Costs(plan.machine))
+    sample = sample_of(
+        prompts,
+        layout.dispatch.seqs,
+        run_seconds(time),
+        lambda workload: simulator.predict(workload).seconds,
+    )
+    key = make_key(plan, folder, sample.workload, prompts.source)
+    share = sample.tokens / prompts.tokens
+    described = bool(options.machine)
+    return TuneJob(plan, captured, folder.path, sample, share, key, scratch, described)
+
+
+def make_key(plan: Plan, folder: ModelFolder, sample: Workload, source: str) -> Key:
+    """What trials of this plan must share to be compared. The code of a candidate is a function of
+    the task's signature and the candidate's moves (``passes.lower``, ``codegen.executor``)."""
+    disk = host.disk_device(folder.index.shards[0].file)
+    return Key(
+        Task("schedule", {**_signature(plan.graph, plan.checkpoint), **plan.budget}),
+        plan.workload,
+        Protocol("whole", sample, moves_digest(plan.moves)),
+        host.silicon() | {"disk": disk},
+        host.software() | {"dovetail": code_digest()},
+        source,
+    )
+
+
+def task_of(graph: TaskGraph, checkpoint: str, budget: Mapping[str, int]) -> Task:
+    """What is tuned, named without a plan."""
+    return Task("schedule", {**_signature(codec.digest(graph), checkpoint), **budget})
+
+
+def _signature(graph: str, checkpoint: str) -> dict[str, str]:
+    return {"graph": graph, "checkpoint": checkpoint, "target": "cpu"}
+
+
+class Tuner:
+    """One tuning on this machine, from the first run of the default to the plan."""
+
+    def __init__(
+        self, job: TuneJob, trials: Trials, sampler: str, seed: int, seconds: float
+    ) -> None:
+        self._job, self._trials = job, trials
+        self._clock = Clock(seconds)
+        self._ranker = Ranker(job.setting, job.sample.workload, job.untuned.moves)
+        self._space = Space.around(job.setting, job.layout)
+        self._sampler = make_sampler(sampler, self._space, seed)
+        argv = shlex.join(sys.argv)
+        begun = Tuning(job.key.silicon, job.key.software, argv, sampler, seed, seconds)
+        self._tuning = trials.begin(begun)
+
+    def run(self) -> Plan:
+        """Search, hold the gate, and keep what was learnt of the cost model."""
+        job = self._job
+        runs = Job(str(job.checkpoint), job.sample.ids, job.sample.new_tokens)
+        stop: Stop = "failed"
+        try:
+            with Measurer(job.scratch, job.untuned.moves, runs, job.share) as measurer:
+                # The clock runs once the worker does.
+                self._clock = Clock(self._clock.budget)
+                reference = measurer.start_reference()
+                self._ranker.shares = knob_shares(measurer.classes)
+                stop = self._search(measurer)
+        except KeyboardInterrupt:
+            stop = "interrupted"
+            raise
+        finally:
+            self._trials.end(self._tuning.uid, self._clock.spent, stop)
+        rows = self._trials.of(job.key)
+        chosen, reason = decide(rows)
+        spent = replace(self._tuning, spent_seconds=self._clock.spent)
+        evidence = evidence_of(chosen, reason, rows, job.key, spent, reference.skew)
+        return plan_of(job.untuned, job.graph, chosen, evidence)
+
+    def _search(self, measurer: Measurer) -> Stop:
+        plan = self._job.untuned
+        samples = [measurer.default()]
+        bound = plan.bound.seconds / plan.prediction.seconds
+        show = TuneProgress(self._clock.budget, bound)
+        search = Search(
+            self._space,
+            self._sampler,
+            self._ranker,
+            measurer,
+            self._trials,
+            self._tuning.uid,
+            self._job.key,
+            self._clock,
+            show,
+        )
+        rows = search.resume()
+        if rows:
+            note(f"{rows} trials of earlier calls are taken over")
+        search.store_default(samples)
+        try:
+            search.seed(self._seeds())
+            stop = search.run()
+            search.gate()
+        finally:
+            show.close()
+        if not self._job.described:
+            self._correct(search, measurer)
+        return stop
+
+    def _seeds(self) -> list[dict[str, int]]:
+        """The best points of other environments that today's space has too."""
+        key = self._job.key
+        here = {**key.silicon, **key.software}
+        found: list[dict[str, int]] = []
+        for other in self._trials.keys_of(key.task, key.workload, key.source):
+            staleness = compare({**other.silicon, **other.software}, here)
+            if other == key or staleness.grade is Grade.FOREIGN:
+                continue
+            trials = self._trials.of(other)
+            best = [t for t in ranked(trials) if self._space.holds(t.knobs)][:SEEDS]
+            if best:
+                note(staleness.message(f"{len(trials)} trials in the database"))
+            found += [self._space.complete(_point(t)) for t in best]
+        return found[: 2 * SEEDS]
+
+    def _correct(self, search: Search, measurer: Measurer) -> None:
+        """Keep by how much the cost model was off, where the next plan looks for it."""
+        answers = [pairs.answer for pairs in search.answers if pairs.answer is not None]
+        assert measurer.reference is not None
+        work = [a.work for a in (measurer.reference, *answers) if a.work]
+        seconds = measurer.best_default - self._job.share * measurer.reference.setup_seconds
+        timed = [(self._job.layout, max(seconds, 1e-9))]
+        machine = self._job.untuned.machine
+        sample = self._job.sample.workload
+        found = correct(machine, host.silicon(), host.software(), sample, work, timed)
+        self._trials.add_correction(found)
+        if self._trials.database.path != default_path():
+            with Database.open() as cache:
+                Trials(cache).add_correction(found)
+
+
+def _point(trial: Trial) -> dict[str, int]:
+    return {name: int(value) for name, value in trial.knobs.items()}
+
+
+def check_out(out: Path) -> None:
+    """Refuse a place for the plan before anything is measured."""
+    if out.is_dir():
+        raise InputError(f"-o {out}: found a folder, expected a file; give {out / PLAN_FILE}")
+    with written(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+
+
+def save(plan: Plan, captured: Captured, out: Path) -> None:
+    """Write a plan with its graph beside it."""
+    with written(out):
+        captured.save(out.parent)
+        save_plan(plan, out)
+
+
+def report(plan: Plan, out: Path, *, as_json: bool) -> None:
+    """Print what came of a tuning."""
+    found = plan.tuning
+    assert found is not None
+    if as_json:
+        data = {"plan": str(out), "digest": plan.digest(), "tuning": codec.encode(found)}
+        print(json.dumps(data, indent=1))
+        return
+    print(summary(plan))
+    print(f"  {found.trials} schedules timed in {format_duration(found.seconds)}")
+    print(f"plan: {out}")
+
+
+def note(text: str) -> None:
+    """Say something on standard error."""
+    print(f"dovetail: {text}", file=sys.stderr, flush=True)
