@@ -56,7 +56,9 @@ def _turns(bundles: Sequence[Bundle], ends: list[list[str]]) -> list[tuple[str, 
     split = [bool(each.follow) for each in bundles]
     if not any(split):
         return []
-    own, count = len(ends) == len(bundles) > 1, len(bundles)
+    count = len(bundles)
+    # What the CPU does for all bundles ends the layer for each of them.
+    own = len(ends) == count > 1 and not set(ends[0]) & set(ends[1])
     turns: list[tuple[str, int]] = []
     if not own:
         turns += [(each.starts[0], 0) for each, two in zip(bundles[:2], split, strict=False) if two]

@@ -124,8 +124,10 @@ class Builder:
         for op in staged:
             order.setdefault(op.engine, []).append((op.name, 0))
         if self.turns:
-            named = {name for name, _ in self.turns}
-            order["gpu0"] = [*self.turns, *(item for item in order["gpu0"] if item[0] not in named)]
+            own = {name for name, _ in order["gpu0"]}
+            turns = [item for item in self.turns if item[0] in own]
+            named = {name for name, _ in turns}
+            order["gpu0"] = [*turns, *(item for item in order["gpu0"] if item[0] not in named)]
         if self.layout.paged and "h2d" in order:
             order["h2d"] = _interleaved(order["h2d"])
         for move in self.layout.pipelines:

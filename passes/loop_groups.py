@@ -44,8 +44,8 @@ def dense(b: Builder) -> list[str]:
     layout = b.layout
     nbytes = sum(w.nbytes for w in dense_weights(layout.graph.body(b.layer)))
     b.pools["dense"] = layout.prefetch["dense"].slots
-    sent = nbytes * b.sent
-    return [b.bring("dense", sent, 0.0 if layout.dense_resident[b.layer] else sent, "dense")]
+    missing = 0.0 if layout.dense_resident[b.layer] else nbytes
+    return [b.bring("dense", nbytes * b.sent, missing, "dense")]
 
 
 def shapes(b: Builder) -> list[tuple[str, Shape]]:
