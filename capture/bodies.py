@@ -8,16 +8,28 @@ from torch import Tensor, fx
 from dovetail.capture.clean import module_path, name_of
 from dovetail.capture.export import Traced
 from dovetail.capture.layers import Stack
-from dovetail.capture.lower import Lowering, is_tensor_op, seam
+from dovetail.capture.lower import MODULE, Lowering, is_tensor_op, seam
 from dovetail.capture.roles import SLOT_ROLES, Slot, layer_slots
 from dovetail.ir.errors import CaptureError
 from dovetail.ir.expr import PAST, Q_LEN
-from dovetail.ir.task_graph import Body, Experts, KvSpec, Op, Role, Task, Value, Weight
+from dovetail.ir.task_graph import (
+    Body,
+    Experts,
+    KvSpec,
+    Op,
+    Role,
+    StateSpec,
+    Task,
+    Value,
+    Weight,
+)
 
 WeightOf = Callable[[str, int | None], Weight]
 """Gives the weight of a model name; the second argument is the layer it is used in."""
 ExpertsOf = Callable[[fx.Node, int], Experts]
 """Gives the description of the experts that a node of a layer calls."""
+ModuleWeights = Callable[[str], Iterable[str]]
+"""Gives the names of all weights inside the module of a path."""
 
 _AXES: Mapping[Role, tuple[str, ...]] = {
     Role.ATTENTION: ("seqs",),
@@ -93,12 +105,18 @@ class BodyBuilder:
     """Builds the bodies of one traced model."""
 
     def __init__(
-        self, traced: Traced, stack: Stack, weight_of: WeightOf, experts_of: ExpertsOf
+        self,
+        traced: Traced,
+        stack: Stack,
+        weight_of: WeightOf,
+        experts_of: ExpertsOf,
+        module_weights: ModuleWeights,
     ) -> None:
         self._traced = traced
         self._stack = stack
         self._weight_of = weight_of
         self._experts_of = experts_of
+        self._module_weights = module_weights
         self._parts = sections(traced.graph)
         self._placeholders = {n.name: n for n in traced.graph.nodes if n.op == "placeholder"}
         self._check_inputs()
@@ -152,7 +170,9 @@ class BodyBuilder:
         lowering.declare(result, "hidden_out")
         ops = lowering.lower(nodes)
         groups = [(SLOT_ROLES[s], [n for n in ops if slots[n] is s]) for s in Slot]
-        self._check_kv(nodes, path)
+        for node in nodes:
+            if seam(node) == "dovetail.attention":
+                self._check_kv(node, path)
         kind = self._stack.kinds[layer]
         return self._body(f"layer_{kind}", inputs, [result], groups, ops, lowering, layer)
 
@@ -183,8 +203,8 @@ class BodyBuilder:
     def _used_outside(self, nodes: Iterable[fx.Node]) -> dict[fx.Node, str]:
         used = {a for n in nodes for a in n.all_input_nodes}
         found = {n: name for n, name in self._outside.items() if n in used}
-        ids = self._placeholders["position_ids"]
-        return found | ({ids: "position_ids"} if ids in used else {})
+        outside = {self._placeholders[name]: name for name in ("input_ids", "position_ids")}
+        return found | {node: name for node, name in outside.items() if node in used}
 
     def _lowering(
         self, nodes: Iterable[fx.Node], inputs: Mapping[fx.Node, str], layer: int | None
@@ -198,15 +218,23 @@ class BodyBuilder:
             elif node.name in self._traced.buffers or node.name in self._traced.lifted:
                 names[node] = self._traced.buffers.get(node.name, node.name)
                 self.constants[names[node]] = node
-        lowering = Lowering(self._traced.symbols, names)
+        modules = {n: self._whole(n, layer) for n in nodes if seam(n) == MODULE}
+        lowering = Lowering(self._traced.symbols, names, modules)
         for node, name in inputs.items():
             value: Tensor = node.meta["val"]
             dtype = str(value.dtype).removeprefix("torch.")
             lowering.values[name] = Value(self._traced.symbols.shape(value), dtype)
         return lowering
 
-    def _check_kv(self, nodes: list[fx.Node], path: str) -> None:
-        (attention,) = (n for n in nodes if seam(n) == "dovetail.attention")
+    def _whole(self, node: fx.Node, layer: int | None) -> tuple[str, tuple[str, ...]]:
+        """The path of a module that stays whole, with ``{layer}``, and the names of its weights."""
+        path = str(node.args[1])
+        root = f"{self._stack.path}.{layer}."
+        assert path.startswith(root), f"{path} is outside of its layer"
+        weights = tuple(self._weight_of(w, layer).fqn for w in self._module_weights(path))
+        return f"{self._stack.path}.{{layer}}.{path.removeprefix(root)}", weights
+
+    def _check_kv(self, attention: fx.Node, path: str) -> None:
         keys = attention.args[1]
         assert isinstance(keys, fx.Node)
         length = self._traced.symbols.size(keys.meta["val"].shape[2])
@@ -242,14 +270,31 @@ class BodyBuilder:
                 reads = tuple(r for r in task.reads if r in lowering.values)
                 experts = self._experts_of(nodes[0], layer or 0) if role is Role.EXPERTS else None
                 kv = _kv_spec(nodes[0]) if role is Role.KV else None
-                tasks.append(replace(task, reads=reads, experts=experts, kv=kv))
+                task = replace(task, reads=reads, experts=experts, kv=kv)
+                tasks.append(self._stateful(task, nodes, number))
         return Body(name, tuple(inputs.values()), outputs, tuple(tasks), lowering.values)
+
+    def _stateful(self, task: Task, nodes: list[fx.Node], number: int) -> Task:
+        """``task`` with the state of the modules that it runs whole; a mixer if it is of one size
+        whatever the length."""
+        wholes = [self._traced.wholes[str(n.args[1])].state for n in nodes if seam(n) == MODULE]
+        if not wholes:
+            return task
+        state = StateSpec(
+            sum(s.bytes_per_seq for s in wholes), sum(s.bytes_per_token for s in wholes)
+        )
+        if task.role is Role.ATTENTION and not state.bytes_per_token:
+            task = replace(task, role=Role.MIXER, name=f"{Role.MIXER.value}_{number}")
+        return replace(task, state=state, axes=("seqs",))
 
     def _weights(self, ops: Mapping[fx.Node, Op], layer: int | None) -> Iterable[Weight]:
         for node in ops:
             for source in node.all_input_nodes:
                 if source.name in self._traced.weights:
                     yield self._weight_of(self._traced.weights[source.name], layer)
+            if seam(node) == MODULE:
+                for name in self._module_weights(str(node.args[1])):
+                    yield self._weight_of(name, layer)
 
 
 def _task(

@@ -50,11 +50,6 @@ def build_meta(config: PretrainedConfig, dtype: str) -> PreTrainedModel:
         raise CaptureError(
             f"no causal language model can be built for model type {config.model_type!r}: {error}"
         ) from error
-    if not model._supports_attention_backend:
-        raise CaptureError(
-            f"model type {config.model_type!r} does not take attention from transformers' "
-            "attention interface; this family needs an adapter in capture/"
-        )
     _apply_dtype_plan(model, DTYPES[dtype])
     model.train(False)
     model.requires_grad_(False)

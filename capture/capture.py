@@ -1,5 +1,6 @@
 """Capture: a Hugging Face causal language model -> its task graph, without any weights."""
 
+import logging
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor, fx
 from transformers import PretrainedConfig, PreTrainedModel
 
+from dovetail.capture.adapters import adapt
 from dovetail.capture.bodies import BodyBuilder
 from dovetail.capture.build import (
     build_meta,
@@ -24,6 +26,10 @@ from dovetail.capture.export import Traced, trace
 from dovetail.capture.layers import Stack, find_stack
 from dovetail.ir.errors import CaptureError
 from dovetail.ir.task_graph import Body, Experts, TaskGraph, Value, Weight
+
+_LOG = logging.getLogger(__name__)
+_MOST_APART = 2
+"""Layers that may turn out to be of a kind of their own."""
 
 
 def capture_checkpoint(directory: Path, entries: Entries) -> Captured:
@@ -47,11 +53,20 @@ def capture_config(
     stored = (d.removeprefix("torch.") for d, _ in (entries or {}).values())
     name = check_dtype(dtype) if dtype is not None else default_dtype(config, stored)
     model = build_meta(config, name)
-    stack = find_stack(model)
-    traced = trace(model, stack)
-    clean(traced.graph)
-    names = CheckpointNames(model, stack.path, stack.traced, entries)
-    return _assemble(model, name, stack, traced, names, start)
+    adapt(model)
+    apart: frozenset[int] = frozenset()
+    while True:
+        stack = find_stack(model, apart)
+        traced = trace(model, stack)
+        clean(traced.graph)
+        names = CheckpointNames(model, stack.path, stack.traced, entries)
+        try:
+            return _assemble(model, name, stack, traced, names, start)
+        except _UnlikeError as error:
+            # A first layer that gets nothing from a layer before it is a kind of its own.
+            if len(apart) == _MOST_APART:
+                raise
+            apart |= {error.first}
 
 
 def _assemble(
@@ -63,7 +78,7 @@ def _assemble(
     start: float,
 ) -> Captured:
     weights = _Weights(model, stack, names)
-    builder = BodyBuilder(traced, stack, weights.weight, weights.experts)
+    builder = BodyBuilder(traced, stack, weights.weight, weights.experts, weights.of_module)
     prologue = builder.prologue()
     bodies = tuple(builder.layer(i) for i in stack.representatives)
     for witness in stack.witnesses:
@@ -96,6 +111,14 @@ def _assemble(
     return Captured(graph, constants, time.perf_counter() - start)
 
 
+class _UnlikeError(CaptureError):
+    """Layer ``first`` and a later one of its kind compute different things."""
+
+    def __init__(self, first: int, message: str) -> None:
+        super().__init__(message)
+        self.first = first
+
+
 class _Weights:
     """Looks weights up by model name and checks them against the checkpoint."""
 
@@ -112,8 +135,9 @@ class _Weights:
                 f"layer {layer} reads {fqn}, which is not its own; weights shared between layers "
                 "are not supported yet"
             )
-        keys = self._names.source(fqn, layer).keys
-        if len(keys) != 1 or "{expert}" in keys[0]:
+        source = self._names.source(fqn, layer)
+        keys = source.keys
+        if "{expert}" in keys[0] or source.interleaved:
             raise CaptureError(
                 f"{fqn} is stored in pieces ({', '.join(keys)}), which is supported for routed "
                 "experts only"
@@ -123,7 +147,12 @@ class _Weights:
         )
         tensor = self._state[fqn]
         dtype = str(tensor.dtype).removeprefix("torch.")
-        return Weight(name, keys[0], tuple(int(s) for s in tensor.shape), dtype)
+        pieces = keys if len(keys) > 1 else ()
+        return Weight(name, keys[0], tuple(int(s) for s in tensor.shape), dtype, pieces)
+
+    def of_module(self, path: str) -> list[str]:
+        """The names of all weights inside the module ``path``."""
+        return [name for name in self._state if name.startswith(f"{path}.")]
 
     def experts(self, node: fx.Node, layer: int) -> Experts:
         idx, fqn = node.args[1], node.args[3]
@@ -136,7 +165,7 @@ class _Weights:
         for kind, body in [(None, prologue), *enumerate(bodies), (None, epilogue)]:
             layers = [i for i, k in enumerate(self._stack.kinds) if k == kind]
             for task in body.tasks:
-                for weight in task.weights:
+                for weight in (w for w in task.weights if not w.pieces):
                     self._names.check(weight.key, weight.shape, layers, 1)
                 for tensor in task.experts.tensors if task.experts else ():
                     count = task.experts.count if task.experts else 0
@@ -157,10 +186,11 @@ def _size(config: PretrainedConfig, name: str) -> int:
 def _check_alike(body: Body, other: Body, stack: Stack, witness: int) -> None:
     if body != other:
         first = stack.representatives[stack.kinds[witness]]
-        raise CaptureError(
+        raise _UnlikeError(
+            first,
             f"{stack.path}.{first} and {stack.path}.{witness} have the same modules, attributes "
             "and shapes but compute different things; what tells them apart needs an adapter in "
-            "capture/"
+            "capture/",
         )
 
 
@@ -169,9 +199,12 @@ def _check_experts_seen(model: PreTrainedModel, bodies: tuple[Body, ...]) -> Non
     fields = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
     declared = max((getattr(config, f, None) or 0 for f in fields), default=0)
     if declared > 1 and all(body.experts is None for body in bodies):
-        raise CaptureError(
-            f"model type {config.model_type!r} declares {declared} experts, but none go through "
-            "transformers' experts interface; this family needs an adapter in capture/"
+        _LOG.warning(
+            "model type %r declares %d experts, but none go through transformers' experts "
+            "interface: they run as dense tasks, all of their weights in every step; an adapter in "
+            "capture/adapters would make them one experts task",
+            config.model_type,
+            declared,
         )
 
 

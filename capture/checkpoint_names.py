@@ -29,6 +29,7 @@ try:
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import (
         Concatenate,
+        Interleave,
         MergeModulelist,
         WeightConverter,
         WeightRenaming,
@@ -44,10 +45,12 @@ class Source:
     """Where a weight comes from: checkpoint key templates with ``{layer}`` and ``{expert}``.
 
     One key without ``{expert}`` is the weight as it is; keys with ``{expert}`` are stacked over
-    experts, and several are concatenated on axis 1 in their order.
+    experts, and several are concatenated on axis 1 in their order; without it, several are
+    concatenated on axis 0. ``interleaved`` if rows of two halves take turns in it.
     """
 
     keys: tuple[str, ...]
+    interleaved: bool = False
 
 
 class CheckpointNames:
@@ -116,14 +119,20 @@ class CheckpointNames:
             )
         if None in by_pattern:
             return Source((_template(by_pattern[None], layer),))
-        keys = self._converted(name, by_pattern)
+        operations, keys = self._converted(name, by_pattern)
+        if operations in ([Concatenate], [Interleave]):
+            whole = tuple(_template(key, layer) for _, key in keys)
+            return Source(whole, interleaved=operations == [Interleave])
         return Source(tuple(_template(_expert_template(k, p), layer) for p, k in keys))
 
     def _expected(self, fqn: str) -> list[str]:
         saved = revert_weight_conversion(self._model, {fqn: self._state[fqn]})
         return sorted(saved)[:2]
 
-    def _converted(self, fqn: str, by_pattern: Mapping[str | None, str]) -> list[tuple[str, str]]:
+    def _converted(
+        self, fqn: str, by_pattern: Mapping[str | None, str]
+    ) -> tuple[list[type], list[tuple[str, str]]]:
+        """The operations that make ``fqn``, and its sources as (pattern, key)."""
         converter = next(
             c for c in self._converters if any(p in by_pattern for p in c.source_patterns)
         )
@@ -137,7 +146,9 @@ class CheckpointNames:
             and all("*" in p for p in patterns)
             and len(operations) == min(len(patterns), 2)
         )
-        if not known:
+        joined = operations == [Concatenate] and axes == [0]
+        turns = operations == [Interleave] and axes == [1]
+        if not (known or joined or turns):
             key = next(iter(by_pattern.values()))
             raise CaptureError(
                 f"checkpoint tensor {key} becomes {fqn} through "
@@ -149,7 +160,7 @@ class CheckpointNames:
                 f"the checkpoint has {next(iter(by_pattern.values()))} but nothing like "
                 f"{missing[0]!r}; both are needed for {fqn}: the folder is incomplete"
             )
-        return [(p, by_pattern[p]) for p in patterns]
+        return operations, [(p, by_pattern[p]) for p in patterns]
 
     def check(self, template: str, shape: tuple[int, ...], layers: list[int], experts: int) -> None:
         """Raise CheckpointError unless every layer's (and expert's) tensor has ``shape``."""
@@ -169,7 +180,9 @@ class CheckpointNames:
                         f"tensor {key} is stored as {dtype}, expected one of {', '.join(DTYPES)}; "
                         "convert the checkpoint first"
                     )
-                if tuple(self.entries[key][1]) != shape:
+                found = tuple(self.entries[key][1])
+                flat = (shape[0] * shape[1], *shape[2:]) if experts > 1 and len(shape) > 1 else ()
+                if found not in (shape, flat):
                     raise CheckpointError(
                         f"tensor {key} has shape {list(self.entries[key][1])}, expected "
                         f"{list(shape)} from config.json: the two do not belong together"
@@ -196,7 +209,8 @@ def _template(key: str, layer: int | None) -> str:
 
 def _expert_template(key: str, pattern: Any) -> str:
     """``key`` of expert 0 with ``{expert}`` where the converter's ``pattern`` has its star."""
-    match = re.search(re.escape(pattern).replace(r"\*", r"(\d+)"), key)
+    plain = re.escape(pattern.replace("\\.", "."))
+    match = re.search(plain.replace(r"\*", r"(\d+)"), key)
     if match is None:
         raise CaptureError(f"checkpoint tensor {key} does not have the form {pattern!r}")
     return f"{key[: match.start(1)]}{{expert}}{key[match.end(1) :]}"

@@ -1,7 +1,7 @@
 """The description of a layer's routed experts, with their activation traced to operators."""
 
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import sympy
 import torch
@@ -11,6 +11,7 @@ from torch.export import Dim
 from dovetail.capture.checkpoint_names import CheckpointNames
 from dovetail.capture.clean import clean, name_of
 from dovetail.capture.export import Symbols
+from dovetail.capture.forms import ExpertsForm, form_of
 from dovetail.capture.lower import Lowering, is_tensor_op
 from dovetail.ir.errors import CaptureError
 from dovetail.ir.expr import Q_LEN, SEQS
@@ -21,78 +22,92 @@ _SPLITS = ("aten.chunk.default", "aten.split.Tensor", "aten.split_with_sizes.def
 
 
 class _Activation(nn.Module):
-    def __init__(self, module: Any) -> None:
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self._module = (module,)  # in a tuple, so that the expert weights stay out of the trace
+        self._function = (function,)  # in a tuple: a module's weights stay out of the trace
 
     def forward(self, h: Tensor) -> Tensor:
-        out: Tensor = self._module[0]._apply_gate(h)
-        return out
+        return self._function[0](h)
 
 
 def describe(
     module: nn.Module, fqn: str, top_k: int, layer: int, names: CheckpointNames
 ) -> Experts:
     """The experts of ``module`` named ``fqn`` in ``layer``; raises CaptureError if unknown."""
-    config: Any = module
-    if getattr(config, "has_post_expert_norm", False):
-        raise CaptureError(f"{fqn} has a norm after each expert, which is not supported yet")
-    if not getattr(config, "has_gate", False):
-        raise CaptureError(f"{fqn} has experts without a gate, which are not supported yet")
-    transposed = bool(config.is_transposed)
-    up, down = config.gate_up_proj, config.down_proj
-    count, hidden = up.shape[0], up.shape[1] if transposed else up.shape[2]
-    wide = up.shape[2] if transposed else up.shape[1]
-    activation, split = trace_activation(module, fqn, int(wide), up.dtype)
-    tensors = [*_tensors("gate_up", f"{fqn}.gate_up_proj", up, layer, names)]
-    tensors += _tensors("down", f"{fqn}.down_proj", down, layer, names)
-    if config.has_bias:
-        for part in ("gate_up", "down"):
-            name = f"{part}_proj_bias"
-            tensors += _tensors(
-                f"{part}_bias", f"{fqn}.{name}", getattr(config, name), layer, names
-            )
-    separate = any(t.part == "gate" for t in tensors)
-    if separate and not split:
+    form = form_of(module, fqn)
+    sources = {
+        part: names.source(f"{fqn}.{name}", layer) for part, (name, _) in form.tensors.items()
+    }
+    dtype = next(module.parameters()).dtype
+    wide, hidden, intermediate = _sizes(form)
+    activation = form.activation
+    if any(source.interleaved for source in sources.values()):
+        activation = _from_interleaved(activation, wide)
+    ops, split = trace_activation(activation, fqn, wide, dtype)
+    tensors = [
+        tensor
+        for part, (name, shape) in form.tensors.items()
+        for tensor in _tensors(
+            part, f"{fqn}.{name}", shape, sources[part].keys, module.get_parameter(name).dtype
+        )
+    ]
+    matrices = {t.part for t in tensors if not t.part.endswith("_bias")}
+    everything = matrices <= form.transposed
+    if not everything:
+        tensors = [replace(t, transposed=t.part in form.transposed) for t in tensors]
+    if any(t.part == "gate" for t in tensors) and not split:
         raise CaptureError(
             f"{fqn}: the checkpoint keeps gate and up apart but the activation does not take them "
             "as two halves"
         )
-    return Experts(
-        int(count),
-        top_k,
-        int(hidden),
-        int(wide) // 2,
-        tuple(tensors),
-        activation,
-        split,
-        transposed,
-    )
+    return Experts(form.count, top_k, hidden, intermediate, tuple(tensors), ops, split, everything)
+
+
+def _sizes(form: ExpertsForm) -> tuple[int, int, int]:
+    """What comes out of gate and up, and an expert's hidden and intermediate size."""
+
+    def out_in(part: str) -> tuple[int, int]:
+        rows, columns = form.tensors[part][1]
+        return (columns, rows) if part in form.transposed else (rows, columns)
+
+    hidden, intermediate = out_in("down")
+    wide = sum(out_in(part)[0] for part in ("gate_up", "gate", "up") if part in form.tensors)
+    return wide, hidden, intermediate
+
+
+def _from_interleaved(
+    activation: Callable[[Tensor], Tensor], wide: int
+) -> Callable[[Tensor], Tensor]:
+    """``activation`` for a checkpoint whose rows of gate and up take turns."""
+
+    def reordered(h: Tensor) -> Tensor:
+        pairs = h.reshape(*h.shape[:-1], wide // 2, 2)
+        return activation(pairs.transpose(-1, -2).flatten(-2))
+
+    return reordered
 
 
 def _tensors(
-    part: str, fqn: str, weight: Tensor, layer: int, names: CheckpointNames
+    part: str, fqn: str, shape: tuple[int, ...], keys: tuple[str, ...], dtype: torch.dtype
 ) -> list[ExpertTensor]:
-    keys = names.source(fqn, layer).keys
-    shape = tuple(int(s) for s in weight.shape[1:])
-    dtype = str(weight.dtype).removeprefix("torch.")
+    kind = str(dtype).removeprefix("torch.")
     if len(keys) == 1:
-        return [ExpertTensor(part, keys[0], shape, dtype)]
+        return [ExpertTensor(part, keys[0], shape, kind)]
     half = (shape[0] // 2, *shape[1:])
     parts = ("gate", "up") if part == "gate_up" and len(keys) == 2 else None
     if parts is None or not all("{expert}" in key for key in keys):
         raise CaptureError(f"{fqn} is stored as {', '.join(keys)}, which dovetail cannot read")
-    return [ExpertTensor(p, k, half, dtype) for p, k in zip(parts, keys, strict=True)]
+    return [ExpertTensor(p, k, half, kind) for p, k in zip(parts, keys, strict=True)]
 
 
 def trace_activation(
-    module: nn.Module, fqn: str, wide: int, dtype: torch.dtype
+    function: Callable[[Tensor], Tensor], fqn: str, wide: int, dtype: torch.dtype
 ) -> tuple[tuple[Op, ...], bool]:
     """Operators from ``h`` (or its halves ``g``, ``u``) to ``a``, and whether it takes halves."""
     h = torch.empty(_ROWS, wide, dtype=dtype, device="meta")
     with torch.no_grad():
         program = torch.export.export(
-            _Activation(module), (h,), dynamic_shapes=({0: Dim.AUTO},), strict=False
+            _Activation(function), (h,), dynamic_shapes=({0: Dim.AUTO},), strict=False
         )
     inputs = [n for n in program.graph.nodes if n.op == "placeholder"]
     if len(inputs) != 1:

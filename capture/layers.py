@@ -21,6 +21,14 @@ _INDEX_NAMES = ("layer", "idx", "index")
 
 
 @dataclass(frozen=True, slots=True)
+class Carried:
+    """Stands in for result ``place`` of a module that stays whole, which other layers get: it
+    travels with the sequence's state, since its size may follow from the data."""
+
+    place: int
+
+
+@dataclass(frozen=True, slots=True)
 class Stack:
     """The repeated layers: ``path`` of their ModuleList, the first layer of each kind in order,
     the last of those that have more than one, and for every layer the position of its kind."""
@@ -36,8 +44,9 @@ class Stack:
         return tuple(sorted({*self.representatives, *self.witnesses}))
 
 
-def find_stack(model: PreTrainedModel) -> Stack:
-    """The stack of ``model``; raises CaptureError when it has no list of layers."""
+def find_stack(model: PreTrainedModel, apart: frozenset[int] = frozenset()) -> Stack:
+    """The stack of ``model``, the layers ``apart`` each of its own kind; raises CaptureError when
+    it has no list of layers."""
     path, size = "", -1
     outer: list[str] = []
     for name, module in model.named_modules():
@@ -53,7 +62,7 @@ def find_stack(model: PreTrainedModel) -> Stack:
             "transformer with its layers in one list"
         )
     signatures = [
-        _signature(layer, i, model.config.get_text_config())
+        (*_signature(layer, i, model.config.get_text_config()), i if i in apart else -1)
         for i, layer in enumerate(_modules(model, path))
     ]
     first = tuple(dict.fromkeys(signatures))
@@ -77,7 +86,11 @@ def _signature(layer: nn.Module, index: int, config: Any) -> tuple[Any, ...]:
     for name, module in layer.named_modules():
         parts.append((name, f"{type(module).__module__}.{type(module).__qualname__}"))
         for key, value in sorted(vars(module).items()):
-            if not key.startswith("__") and not _is_index(key, value, index) and _is_plain(value):
+            if (
+                not key.startswith(("__", "_dovetail"))
+                and not _is_index(key, value, index)
+                and _is_plain(value)
+            ):
                 parts.append((name, key, repr(value)))
     for name, tensor in [*layer.named_parameters(), *layer.named_buffers()]:
         parts.append((name, tuple(tensor.shape), str(tensor.dtype)))
@@ -89,7 +102,10 @@ def _signature(layer: nn.Module, index: int, config: Any) -> tuple[Any, ...]:
 
 
 def _is_index(key: str, value: Any, index: int) -> bool:
-    return type(value) is int and value == index and any(part in key for part in _INDEX_NAMES)
+    """Whether an attribute is the layer's number; of two attentions in a layer it may be twice
+    that number or one more."""
+    numbers = (index, 2 * index, 2 * index + 1) if key == "layer_idx" else (index,)
+    return type(value) is int and value in numbers and any(part in key for part in _INDEX_NAMES)
 
 
 def _is_plain(value: Any) -> bool:
@@ -117,7 +133,10 @@ class _PassThrough(nn.Module):
         """The hidden state, alone or as the first of a tuple."""
         hidden = args[0] if args else kwargs["hidden_states"]
         width = self._forms[self._kind]
-        return hidden if width is None else (hidden, *[None] * (width - 1))
+        if width is None:
+            return hidden
+        carried = [v for v in (*args, *kwargs.values()) if isinstance(v, Carried)]
+        return (hidden, *(carried + [None] * width)[: width - 1])
 
 
 @contextmanager
@@ -164,7 +183,11 @@ def _leave(out: Any, index: int, forms: dict[int, int | None], kind: int) -> Any
     if isinstance(out, Tensor):
         forms[kind] = None
         return _mark(out, f"leave:{index}")
-    if isinstance(out, tuple) and isinstance(out[0], Tensor) and all(o is None for o in out[1:]):
+    if (
+        isinstance(out, tuple)
+        and isinstance(out[0], Tensor)
+        and all(o is None or isinstance(o, Carried) for o in out[1:])
+    ):
         forms[kind] = len(out)
         return (_mark(out[0], f"leave:{index}"), *out[1:])
     raise CaptureError(

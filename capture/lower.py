@@ -1,5 +1,6 @@
 """Traced fx nodes to the operators of the task graph."""
 
+import json
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -10,8 +11,10 @@ from torch import Tensor, fx
 from dovetail.capture.clean import module_path, name_of
 from dovetail.capture.export import Symbols
 from dovetail.ir.errors import CaptureError
+from dovetail.ir.expr import PAST, Expr
 from dovetail.ir.task_graph import Arg, Const, Op, Ref, Size, Value
 
+MODULE = "dovetail.module"
 _SEAM_OUTS: Mapping[str, tuple[str, ...]] = {
     "dovetail.kv_update": ("k_all", "v_all"),
     "dovetail.attention": ("attended",),
@@ -29,14 +32,22 @@ _LISTS = (list, tuple)
 class Lowering:
     """Lowers the nodes of one body; ``values`` collects shape and dtype of every name.
 
-    ``names`` gives the names of nodes from outside the body: weights, constants, inputs.
+    ``names`` gives the names of nodes from outside the body: weights, constants, inputs;
+    ``modules`` the path and the weights of modules that stay whole.
     """
 
-    def __init__(self, symbols: Symbols, names: Mapping[fx.Node, str]) -> None:
+    def __init__(
+        self,
+        symbols: Symbols,
+        names: Mapping[fx.Node, str],
+        modules: Mapping[fx.Node, tuple[str, tuple[str, ...]]] | None = None,
+    ) -> None:
         self._symbols = symbols
+        self._modules = dict(modules or {})
         self._names: dict[fx.Node, str] = dict(names)
         self._taken = set(names.values())
         self._outs: dict[fx.Node, tuple[str, ...]] = {}
+        self._wanted: dict[fx.Node, tuple[int, ...]] = {}
         self.values: dict[str, Value] = {}
 
     def name(self, node: fx.Node) -> str:
@@ -74,6 +85,9 @@ class Lowering:
             self._outs[node] = (self._names[node],)
             return
         hints = _SEAM_OUTS.get(seam(node) or "", (base,) * len(value))
+        if seam(node) == MODULE:
+            self._declare_used(node, base)
+            return
         parts: dict[int, fx.Node] = {}
         for user in node.users:
             first = parts.setdefault(user.args[1], user)  # type: ignore[arg-type]
@@ -84,6 +98,19 @@ class Lowering:
             self._names[parts[i]] if i in parts else self._spare(item, hints[i])
             for i, item in enumerate(value)
         )
+
+    def _declare_used(self, node: fx.Node, base: str) -> None:
+        """Of a module that stays whole, only the results that are read count."""
+        picks = {user: user.args[1] for user in node.users}
+        self._wanted[node] = tuple(sorted(set(picks.values())))  # type: ignore[arg-type]
+        names: dict[Any, str] = {}
+        for user, index in picks.items():
+            if index not in names:
+                if user not in self._names:
+                    self.declare(user, base)
+                names[index] = self._names[user]
+            self._names[user] = names[index]
+        self._outs[node] = tuple(names[index] for index in self._wanted[node])
 
     def _spare(self, item: Tensor, hint: str) -> str:
         name = self._unique(hint)
@@ -103,6 +130,10 @@ class Lowering:
 
     def _op(self, node: fx.Node) -> Op:
         kind = seam(node)
+        if name_of(node).startswith("aten.arange"):
+            self._check_positions(node)
+        if kind == MODULE:
+            return self._module(node)
         args = node.args
         if kind == "dovetail.kv_update":
             args = args[:2]
@@ -114,6 +145,48 @@ class Lowering:
             self._outs[node],
             {k: self._arg(a, node) for k, a in node.kwargs.items() if a is not None},
         )
+
+    def _check_positions(self, node: fx.Node) -> None:
+        """Positions must come from position_ids: sequences of a batch hold different numbers of
+        tokens, while ``past`` is that of the longest."""
+        sizes = [a for a in map(self._size_of, node.args) if a is not None]
+        if any(PAST in size.free_symbols for size in sizes):
+            raise CaptureError(
+                f"{module_path(node) or 'the model'} counts positions from the cache's length "
+                f"({name_of(node)}); expected them from position_ids, since sequences that run "
+                "together hold different numbers of tokens: this family needs an adapter in "
+                "capture/adapters"
+            )
+
+    def _size_of(self, arg: Any) -> Expr | None:
+        value = arg.meta["val"] if isinstance(arg, fx.Node) else arg
+        return self._symbols.size(value) if isinstance(value, int | torch.SymInt) else None
+
+    def _module(self, node: fx.Node) -> Op:
+        inputs, _, text = node.args
+
+        def given(value: Any) -> Arg:
+            if isinstance(value, dict) and "mapping" in value:
+                pairs = tuple((key, given(item)) for key, item in value["mapping"].items())
+                return (Const("mapping"), *pairs)
+            if isinstance(value, dict):
+                special = value.get("special")
+                return Const(special) if special else self._arg(inputs[value["tensor"]], node)  # type: ignore[index]
+            return tuple(given(item) for item in value) if isinstance(value, list) else value
+
+        path, weights = self._modules[node]
+        call = json.loads(str(text))["call"]
+        return Op(
+            MODULE,
+            (path, tuple(Ref(name) for name in weights), self._places(node, str(text))),
+            self._outs[node],
+            {name: given(value) for name, value in call.items()},
+        )
+
+    def _places(self, node: fx.Node, text: str) -> tuple[int, ...]:
+        """Where the wanted results are among all that the module returns."""
+        places = json.loads(text)["places"]
+        return tuple(places[index] for index in self._wanted[node])
 
     def _arg(self, arg: Any, node: fx.Node) -> Arg:
         if isinstance(arg, fx.Node):
@@ -150,7 +223,7 @@ class Lowering:
 def seam(node: fx.Node) -> str | None:
     """The name of the seam that ``node`` calls, without its overload."""
     name = name_of(node).removesuffix(".default") if node.op == "call_function" else ""
-    return name if name in _SEAM_OUTS else None
+    return name if name in _SEAM_OUTS or name == MODULE else None
 
 
 def is_getitem(node: fx.Node) -> bool:
@@ -180,6 +253,8 @@ def _base_name(node: fx.Node) -> str:
     outs = _SEAM_OUTS.get(seam(node) or "")
     if outs:
         return outs[0]
+    if seam(node) == MODULE:
+        return _leaf(node) if not _leaf(node).isdigit() else "module"
     if name_of(node) in _NAMED_BY_MODULE and module_path(node):
         return _leaf(node)
     return re.sub(r"_?\d*$", "", name_of(node).split(".")[1]).strip("_") or node.name

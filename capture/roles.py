@@ -6,7 +6,7 @@ from enum import IntEnum
 from torch import fx
 
 from dovetail.capture.clean import module_path, name_of
-from dovetail.capture.lower import seam
+from dovetail.capture.lower import MODULE, seam
 from dovetail.ir.errors import CaptureError
 from dovetail.ir.task_graph import Role
 
@@ -46,8 +46,9 @@ def layer_slots(nodes: list[fx.Node], layer_path: str) -> dict[fx.Node, Slot]:
     """The slot of every node of one layer; raises CaptureError when the layer has another form."""
     layer = _Layer(nodes, layer_path)
     slots = {node: layer.slot(node) for node in nodes}
-    _split_second_norm(nodes, slots, layer)
-    _check_order(nodes, slots, layer_path)
+    if layer.after_kv:
+        _split_second_norm(nodes, slots, layer)
+    _settle(nodes, slots, layer_path)
     return slots
 
 
@@ -56,9 +57,16 @@ class _Layer:
 
     def __init__(self, nodes: list[fx.Node], path: str) -> None:
         self.path = path
-        self.kv = _only(nodes, "dovetail.kv_update", path)
-        self.attention = _only(nodes, "dovetail.attention", path)
-        self.attention_path = module_path(self.attention)
+        self.kv = _at_most_one(nodes, "dovetail.kv_update", path)
+        self.attention = _at_most_one(nodes, "dovetail.attention", path)
+        if (self.kv is None) != (self.attention is None):
+            raise CaptureError(
+                f"{path} calls {'attention' if self.kv is None else 'the KV cache'} alone, "
+                "expected both or neither: dovetail knows layers whose attention reads their own KV"
+            )
+        whole = next((n for n in nodes if seam(n) == MODULE), None)
+        anchor = self.attention or whole
+        self.attention_path = module_path(anchor) if anchor else "no module"
         experts = [n for n in nodes if seam(n) == "dovetail.experts"]
         if len(experts) > 1:
             raise CaptureError(f"{path} has {len(experts)} groups of experts, expected one")
@@ -66,7 +74,8 @@ class _Layer:
         self.experts = set(experts)
         self.feeds_experts = _reach(experts, inside, lambda n: n.all_input_nodes)
         self.uses_experts = _reach(experts, inside, lambda n: n.users) - self.experts
-        self.after_kv = _reach([self.kv, self.attention], inside, lambda n: n.users)
+        mixed = [n for n in (self.kv, anchor) if n is not None]
+        self.after_kv = _reach(mixed, inside, lambda n: n.users)
         attention = {n for n in nodes if self.in_attention(n)}
         self.feeds_attention = _reach(attention, inside, lambda n: n.all_input_nodes) - attention
         self._blocks = self._forward_blocks(nodes)
@@ -119,14 +128,14 @@ def _split_second_norm(nodes: list[fx.Node], slots: dict[fx.Node, Slot], layer: 
         slots[node] = Slot.AFTER_KV
 
 
-def _only(nodes: list[fx.Node], kind: str, path: str) -> fx.Node:
+def _at_most_one(nodes: list[fx.Node], kind: str, path: str) -> fx.Node | None:
     found = [n for n in nodes if seam(n) == kind]
-    if len(found) != 1:
+    if len(found) > 1:
         raise CaptureError(
             f"{path} calls {kind.removeprefix('dovetail.')} {len(found)} times, expected once: "
             "dovetail knows decoder layers with one attention and its KV cache"
         )
-    return found[0]
+    return found[0] if found else None
 
 
 def _reach(
@@ -142,12 +151,17 @@ def _reach(
     return seen
 
 
-def _check_order(nodes: list[fx.Node], slots: dict[fx.Node, Slot], path: str) -> None:
+def _settle(nodes: list[fx.Node], slots: dict[fx.Node, Slot], path: str) -> None:
+    """Move what reads a later slot into that slot, or past it where a seam stands alone there."""
     for node in nodes:
-        for source in node.all_input_nodes:
-            if source in slots and slots[source] > slots[node]:
-                raise CaptureError(
-                    f"{path}: {name_of(node)} in {module_path(node)} belongs to "
-                    f"{slots[node].name.lower()} but reads {slots[source].name.lower()}; the layer "
-                    "does not have the order attention, then experts or MLP"
-                )
+        sources = [slots[n] for n in node.all_input_nodes if n in slots]
+        least = max(sources, default=Slot.NORM)
+        if least <= slots[node]:
+            continue
+        if slots[node] in (Slot.KV, Slot.EXPERTS):
+            raise CaptureError(
+                f"{path}: {name_of(node)} in {module_path(node)} belongs to "
+                f"{slots[node].name.lower()} but reads {least.name.lower()}; the layer does not "
+                "have the order attention, then experts or MLP"
+            )
+        slots[node] = {Slot.KV: Slot.AFTER_KV, Slot.EXPERTS: Slot.COMBINE}.get(least, least)

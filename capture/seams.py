@@ -7,22 +7,23 @@ traced graph. None of them ever runs: only their shapes are used.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, masking_utils
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from dovetail.capture.masks import MaskRule, mask_rule
+from dovetail.capture.whole import new_cache
 from dovetail.ir.errors import CaptureError
 
-NAME = "dovetail"
-"""The name under which transformers' registries know our operators."""
+NAME = "dovetail_capture"
+"""The name under which transformers' registries know our operators; ``dovetail`` itself is the name
+of the experts that run (``dovetail.hf_experts``)."""
 
 FQN_ATTRIBUTE = "_dovetail_fqn"
 _HARMLESS = frozenset({"position_ids", "cache_position"})
@@ -44,14 +45,33 @@ def _(k: Tensor, v: Tensor, past: int) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("dovetail::attention", mutates_args=())
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scale: float, window: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    scale: float,
+    window: int,
+    *,
+    chunk: int = 0,
 ) -> Tensor:
-    """Causal attention of ``q`` [seqs, heads, q_len, dim]; gives [seqs, q_len, heads, dim]."""
+    """Causal attention of ``q`` [seqs, heads, q_len, dim]; gives [seqs, q_len, heads, dim].
+
+    With ``window`` a query sees the last so many positions, with ``chunk`` those of its own chunk.
+    """
     raise NotImplementedError("dovetail::attention only exists while a model is captured")
 
 
 @attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scale: float, window: int) -> Tensor:
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    scale: float,
+    window: int,
+    *,
+    chunk: int = 0,
+) -> Tensor:
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
 
 
@@ -75,42 +95,6 @@ def mark(x: Tensor, label: str) -> Tensor:
 @mark.register_fake
 def _(x: Tensor, label: str) -> Tensor:
     return torch.empty_like(x)
-
-
-@dataclass(frozen=True, slots=True)
-class MaskRule:
-    """What stands in for a mask: causal, and limited to ``window`` positions if it is not 0."""
-
-    window: int
-
-
-def mask_rule(mask_function: Any) -> MaskRule:
-    """The rule behind transformers' ``mask_function``; raises CaptureError for any other kind."""
-    if mask_function is masking_utils.causal_mask_function:
-        return MaskRule(0)
-    parts = _closure(mask_function).get("mask_functions", ())
-    if len(parts) == 2 and parts[1] is masking_utils.causal_mask_function:
-        window = _closure(parts[0]).get("sliding_window")
-        if type(window) is int and parts[0].__qualname__.startswith("sliding_window_overlay."):
-            return MaskRule(window)
-    raise CaptureError(
-        f"the model asks for the attention mask {_qualname(mask_function)}; dovetail knows causal "
-        "and sliding-window causal masks; a model with another mask needs an adapter in capture/"
-    )
-
-
-def _closure(function: Any) -> dict[str, Any]:
-    if not isinstance(function, FunctionType) or function.__closure__ is None:
-        return {}
-    cells = (cell.cell_contents for cell in function.__closure__)
-    return dict(zip(function.__code__.co_freevars, cells, strict=True))
-
-
-def _qualname(function: Any) -> str:
-    names = [
-        getattr(part, "__qualname__", "?") for part in _closure(function).get("mask_functions", ())
-    ]
-    return " and ".join(names) or getattr(function, "__qualname__", repr(function))
 
 
 def _mask(*, mask_function: Any = masking_utils.causal_mask_function, **_: Any) -> MaskRule:
@@ -149,8 +133,10 @@ def _attention(
     if odd:
         raise CaptureError(f"{where}: attention with {', '.join(odd)} is not supported yet")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    window = attention_mask.window
-    return torch.ops.dovetail.attention(query, key, value, s_aux, float(scale), window), None
+    rule = attention_mask
+    given = (query, key, value, s_aux, float(scale), rule.window)
+    chunk = {"chunk": rule.chunk} if rule.chunk else {}
+    return torch.ops.dovetail.attention(*given, **chunk), None
 
 
 def _experts(
@@ -193,9 +179,17 @@ class _KvLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         return -1
 
 
-def kv_cache(layers: int, past: int) -> Cache:
-    """A transformers cache over the ``kv_update`` seam; ``past`` may be symbolic."""
-    return Cache(layers=[_KvLayer(past) for _ in range(layers)])
+def kv_cache(model: PreTrainedModel, past: int) -> Cache:
+    """A cache of the kind that ``model`` asks for, over the ``kv_update`` seam; ``past`` may be
+    symbolic."""
+    indices = [getattr(module, "layer_idx", -1) for module in model.modules()]
+    count = max((i for i in indices if type(i) is int), default=-1) + 1
+    layers: list[Any] = [_KvLayer(past) for _ in range(count)]
+    cache = new_cache(model)
+    if isinstance(cache, DynamicCache) and type(cache) is not DynamicCache:
+        cache.layers = layers
+        return cache
+    return Cache(layers=layers)
 
 
 @contextmanager
@@ -206,7 +200,7 @@ def seams(model: PreTrainedModel) -> Iterator[None]:
     ALL_EXPERTS_FUNCTIONS.register(NAME, _experts)
     config = model.config
     before = config._attn_implementation, config._experts_implementation
-    holders = [(n, m) for n, m in model.named_modules() if hasattr(m, "_apply_gate")]
+    holders = [(n, m) for n, m in model.named_modules() if hasattr(m, "has_gate")]
     for name, module in holders:
         setattr(module, FQN_ATTRIBUTE, name)
     config._attn_implementation = config._experts_implementation = NAME

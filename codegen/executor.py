@@ -6,7 +6,7 @@ to be read, and the runtime runs exactly this text.
 
 from collections.abc import Iterable, Mapping
 
-from dovetail.codegen.segments import emit_expert, emit_segment
+from dovetail.codegen.segments import MODULE, emit_expert, emit_segment
 from dovetail.ir.program import (
     Free,
     Instruction,
@@ -36,6 +36,7 @@ def emit_executor(graph: TaskGraph, program: Program, title: Mapping[str, str]) 
         "from torch.nn import functional as F",
         "",
         "from dovetail.runtime.linear import TiledLinear",
+        *_module_imports(graph),
         "",
         "aten = torch.ops.aten",
         f"linear = TiledLinear({program.settings.buckets})",
@@ -52,6 +53,13 @@ def emit_executor(graph: TaskGraph, program: Program, title: Mapping[str, str]) 
         lines += ["", ""]
         lines += _emit_engine(names, instructions, program, bodies)
     return "\n".join(lines) + "\n"
+
+
+def _module_imports(graph: TaskGraph) -> list[str]:
+    ops = (op for body in graph.bodies for task in body.tasks for op in task.ops)
+    if all(op.target != MODULE for op in ops):
+        return []
+    return ["from dovetail.runtime.modules import Cache, Carried, Mask, Part"]
 
 
 def engine_function(engine: str, program: Program) -> str:

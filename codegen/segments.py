@@ -8,12 +8,13 @@ import keyword
 from collections.abc import Iterable
 
 from dovetail.codegen.ops import Names, op_text
-from dovetail.ir.expr import DIMS, evaluate
+from dovetail.ir.expr import DIMS, Q_LEN, SEQS, evaluate
 from dovetail.ir.program import Program, Segment
 from dovetail.ir.task_graph import (
     ITEMSIZE,
     Arg,
     Body,
+    Const,
     Experts,
     Op,
     Ref,
@@ -30,7 +31,14 @@ _VIEW_NAMES = (
 )  # fmt: skip
 
 
-_TAKEN = frozenset({"m", "g", "v", "w", "layer", "math", "torch", "F", "linear", "aten", *DIMS})
+MODULE = "dovetail.module"
+"""Operators that run a whole module of the model."""
+_EXTERNAL = ("input_ids", "position_ids")
+"""What every layer may read again."""
+_TAKEN = frozenset(
+    {"m", "g", "v", "w", "layer", "math", "torch", "F", "linear", "aten", *DIMS}
+    | {"Cache", "Carried", "Mask", "Part"}
+)
 """Names that an emitted function uses for itself."""
 _SMALL = 64
 """Values below this many bytes per token are not worth a ``del``."""
@@ -87,6 +95,13 @@ def _emit_tasks(graph: TaskGraph, body: Body, segment: Segment, tasks: list[Task
             return f'w["{name}"]'
         return f'm.constants["{name}"]' if name in graph.constants else local(name)
 
+    def axes(name: str) -> str:
+        if name not in body.values:
+            return f"Part({spell(name)}, -1, -1)"
+        shape = body.values[name].shape
+        places = [next((i for i, s in enumerate(shape) if s == dim), -1) for dim in (SEQS, Q_LEN)]
+        return f"Part({spell(name)}, {places[0]}, {places[1]})"
+
     ops = [(task, op) for task in tasks for op in task.ops]
     dead = _deaths([op for _, op in ops], set(segment.writes), segment.reads, body)
     handles = _kv_handles([op for _, op in ops])
@@ -97,7 +112,8 @@ def _emit_tasks(graph: TaskGraph, body: Body, segment: Segment, tasks: list[Task
             lines.append(f"    # {task.name}")
             current = task
         outs = ", ".join(local(name) for name in op.outs)
-        lines.append(f"    {outs} = {_call(task, op, spell, handles)}")
+        call = _module(op, axes) if op.target == MODULE else _call(task, op, spell, handles)
+        lines.append(f"    {outs} = {call}")
         if dead[index]:
             lines.append(f"    del {', '.join(local(name) for name in dead[index])}")
     return lines
@@ -109,11 +125,37 @@ def _call(task: Task, op: Op, spell: Names, handles: bool) -> str:
         return f"g.kv.update(layer, {args}, materialise={not handles})"
     if op.target == "dovetail.attention":
         args = ", ".join(spell(a.name) if isinstance(a, Ref) else repr(a) for a in op.args)
-        return f"m.attention({args}, g.kv)"
+        chunk = f", chunk={op.kwargs['chunk']}" if "chunk" in op.kwargs else ""
+        return f"m.attention({args}, g.kv{chunk})"
     if task.role is Role.EMBED and op.target.startswith("aten.embedding"):
         table, ids = (a.name for a in op.args if isinstance(a, Ref))
         return f'm.embedding(w, "{table}", {spell(ids)})'
     return op_text(op, spell)
+
+
+def _module(op: Op, axes: Names) -> str:
+    """A call of a module that runs whole; ``axes`` spells a tensor with the axes to cut it by."""
+
+    def given(value: Arg) -> str:
+        match value:
+            case Ref(name):
+                return axes(name)
+            case Const("cache"):
+                return "Cache()"
+            case Const(text) if text.startswith("mask "):
+                return f"Mask({', '.join(text.split()[1:])})"
+            case Const(text) if text.startswith("carried "):
+                return f"Carried({text.split()[1]})"
+            case (Const("mapping"), *pairs):
+                items = [f"{p[0]!r}: {given(p[1])}" for p in pairs if isinstance(p, tuple)]
+                return f"{{{', '.join(items)}}}"
+            case tuple():
+                return f"({''.join(f'{given(item)}, ' for item in value)})"
+        return repr(value)
+
+    path, _, wanted = op.args
+    call = ", ".join(f'"{name}": {given(value)}' for name, value in op.kwargs.items())
+    return f'm.modules.run(g, layer, "{path}", w, {wanted!r}, {{{call}}})'
 
 
 def _kv_handles(ops: list[Op]) -> bool:
@@ -131,7 +173,7 @@ def _input_text(graph: TaskGraph, body: Body, name: str, segment: Segment) -> st
         for task in body.tasks[_last_index(body, segment) + 1 :]
         if task.experts is None
     )
-    keep = body is graph.prologue or name in graph.shared or not last
+    keep = body is graph.prologue or name in (*graph.shared, *_EXTERNAL) or not last
     return f'v["{name}"]' if keep else f'v.pop("{name}")'
 
 
@@ -232,6 +274,8 @@ def _gate_up(experts: Experts, parts: set[str]) -> list[str]:
     if "gate_up" in parts:
         lines = [f"    h = {_linear(experts, parts, 'x', 'gate_up')}"]
         return [*lines, "    g, u = h.chunk(2, -1)"] if experts.split_gate else lines
+    if "gate" not in parts:
+        return [f"    h = {_linear(experts, parts, 'x', 'up')}"]
     gate, up = (_linear(experts, parts, "x", part) for part in ("gate", "up"))
     if experts.split_gate:
         return [f"    g = {gate}", f"    u = {up}"]
@@ -240,6 +284,7 @@ def _gate_up(experts: Experts, parts: set[str]) -> list[str]:
 
 def _linear(experts: Experts, parts: set[str], x: str, part: str) -> str:
     bias = f'w["{part}_bias"]' if f"{part}_bias" in parts else ""
-    if experts.transposed:
+    own = next(tensor for tensor in experts.tensors if tensor.part == part)
+    if experts.transposed or own.transposed:
         return f'linear({x}, w["{part}"].t(){", " + bias if bias else ""})'
     return f'linear({x}, w["{part}"]{", " + bias if bias else ""})'

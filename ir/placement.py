@@ -43,7 +43,8 @@ def expert_bytes(experts: Experts) -> int:
 
 def weights_bytes(weights: tuple[Weight, ...]) -> int:
     """Buffer bytes of these weights."""
-    return sum(span_bytes(w.nbytes) for w in weights)
+    blocks = sum(3 * ALIGN * (len(w.pieces) - 1) for w in weights if w.pieces)
+    return sum(span_bytes(w.nbytes) for w in weights) + blocks
 
 
 def _unique(body: Body, role: Role | None = None) -> tuple[Weight, ...]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from math import prod
 
+from dovetail.ir.codec import LATER
 from dovetail.ir.expr import Expr
 
 ITEMSIZE: Mapping[str, int] = {
@@ -75,8 +76,14 @@ class Op:
     """One operator call: ``outs = target(*args, **kwargs)``.
 
     ``target`` is an ATen overload (``"aten.linear.default"``), ``"getitem"``, or one of the seams
-    ``"dovetail.kv_update"``, ``"dovetail.attention"``, ``"dovetail.experts"`` that the runtime
-    provides. More than one name in ``outs`` unpacks a tuple.
+    ``"dovetail.kv_update"``, ``"dovetail.attention"``, ``"dovetail.experts"`` and
+    ``"dovetail.module"`` that the runtime provides. More than one name in ``outs`` unpacks a tuple.
+
+    ``dovetail.module`` runs a whole module of the model, named by its first argument (its path,
+    with ``{layer}``), on one sequence at a time; its weights are the second argument, the places of
+    its ``outs`` among its results the third. Its own arguments are ``kwargs``: there
+    ``Const("cache")`` is the sequence's state, ``Const("mask W C")`` a causal mask with a window W
+    and chunks C (0: none), ``Const("carried I")`` what another module last gave as result I.
     """
 
     target: str
@@ -108,13 +115,15 @@ class Weight:
     """A parameter or persistent buffer of the model.
 
     ``fqn`` is the model's name and ``key`` the checkpoint's; inside a layer body both keep
-    ``{layer}``. ``shape`` and ``dtype`` are what the operators expect.
+    ``{layer}``. ``shape`` and ``dtype`` are what the operators expect. A checkpoint may keep it in
+    ``pieces``, keys of tensors that follow each other along its first axis; ``key`` is the first.
     """
 
     fqn: str
     key: str
     shape: tuple[int, ...]
     dtype: str
+    pieces: tuple[str, ...] = field(default=(), metadata=LATER)
 
     @property
     def nbytes(self) -> int:
@@ -124,17 +133,20 @@ class Weight:
 
 @dataclass(frozen=True, slots=True)
 class ExpertTensor:
-    """One weight of one expert, with ``part`` of gate, up, gate_up, down or their ``_bias``.
+    """One weight of one expert, with ``part`` of gate, up, gate_up, down or their ``_bias``;
+    experts without a gate have up and down alone.
 
     ``key`` keeps ``{layer}`` and, when every expert has a tensor of its own, ``{expert}``;
-    otherwise the checkpoint stacks all experts on the first axis of ``key``. ``shape`` is that of
-    a single expert.
+    otherwise the checkpoint stacks all experts on the first axis of ``key``, one that is theirs
+    alone or that of ``shape``. ``shape`` is that of a single expert; ``transposed`` if it is
+    ``[in, out]`` while that of other parts is not.
     """
 
     part: str
     key: str
     shape: tuple[int, ...]
     dtype: str
+    transposed: bool = field(default=False, metadata=LATER)
 
     @property
     def stacked(self) -> bool:
@@ -152,8 +164,9 @@ class Experts:
     """The routed experts of a layer body: ``y[t] = sum_k w[t, k] * expert[idx[t, k]](x[t])``.
 
     ``activation`` turns the value ``h`` (``[rows, 2 * intermediate]``, gate and up as the model
-    lays them out) into ``a`` (``[rows, intermediate]``); when ``split_gate`` holds it takes ``g``
-    and ``u`` instead, each ``[rows, intermediate]``. ``transposed`` weights are ``[in, out]``.
+    lays them out; without a gate ``[rows, intermediate]``) into ``a`` (``[rows, intermediate]``);
+    when ``split_gate`` holds it takes ``g`` and ``u`` instead, each ``[rows, intermediate]``.
+    ``transposed`` weights are ``[in, out]``.
     """
 
     count: int
@@ -189,6 +202,15 @@ class KvSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class StateSpec:
+    """What the modules of one task keep for each sequence between steps: ``bytes_per_seq``
+    whatever its length (a state space), and ``bytes_per_token`` more for each token."""
+
+    bytes_per_seq: int
+    bytes_per_token: int
+
+
+@dataclass(frozen=True, slots=True)
 class Task:
     """One unit of work of one layer: operators of one role.
 
@@ -205,6 +227,7 @@ class Task:
     axes: tuple[str, ...]
     experts: Experts | None = None
     kv: KvSpec | None = None
+    state: StateSpec | None = field(default=None, metadata=LATER)
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,6 +250,11 @@ class Body:
     def kv(self) -> KvSpec | None:
         """What the layer appends to the KV store, if anything."""
         return next((t.kv for t in self.tasks if t.kv is not None), None)
+
+    @property
+    def states(self) -> tuple[StateSpec, ...]:
+        """What the layer's modules keep for each sequence."""
+        return tuple(t.state for t in self.tasks if t.state is not None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,9 +284,16 @@ class TaskGraph:
 
     @property
     def kv_bytes_per_token(self) -> int:
-        """KV bytes of one token of one sequence over all layers."""
-        kv = (self.body(i).kv for i in range(len(self.layers)))
-        return sum(spec.bytes_per_token for spec in kv if spec is not None)
+        """KV bytes of one token of one sequence over all layers, states that grow included."""
+        bodies = [self.body(i) for i in range(len(self.layers))]
+        kv = sum(body.kv.bytes_per_token for body in bodies if body.kv is not None)
+        return kv + sum(state.bytes_per_token for body in bodies for state in body.states)
+
+    @property
+    def state_bytes_per_seq(self) -> int:
+        """Bytes of the states of one sequence over all layers, besides what grows with tokens."""
+        bodies = (self.body(i) for i in range(len(self.layers)))
+        return sum(state.bytes_per_seq for body in bodies for state in body.states)
 
     @property
     def weight_bytes(self) -> int:

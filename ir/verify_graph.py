@@ -177,10 +177,11 @@ def _check_experts(where: str, experts: Experts) -> None:
     if not plain <= _PARTS or {p for p in parts if p in _PARTS} not in (
         {"gate", "up", "down"},
         {"gate_up", "down"},
+        {"up", "down"},
     ):
         raise VerifyError(
             f"{where}: experts made of {', '.join(parts)}, expected gate, up and down, or gate_up "
-            "and down, each with or without its _bias"
+            "and down, or up and down, each with or without its _bias"
         )
     for tensor in experts.tensors:
         _check_sizes(f"{where}: {tensor.key}", tensor.shape, tensor.dtype)

@@ -8,11 +8,12 @@ in decode, of its KV reads, everything else at the speed of memory, plus a fixed
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 
 import sympy
 
 from dovetail.ir.errors import PlanError
-from dovetail.ir.expr import Expr, evaluate, to_expr
+from dovetail.ir.expr import Q_LEN, SEQS, Expr, evaluate, to_expr
 from dovetail.ir.gemm_tiles import tiles
 from dovetail.ir.machine import LARGE_BLOCK, Curve, Machine
 from dovetail.ir.task_graph import ITEMSIZE, Arg, Body, Experts, Op, Ref, Task, Value, Weight
@@ -62,6 +63,8 @@ def op_cost(op: Op, values: Mapping[str, Value], weights: Mapping[str, Weight]) 
     if op.target == "dovetail.attention":
         return _attention_cost(op, values)
     outs = sum((_nbytes(values[name]) for name in op.outs if name in values), zero)
+    if op.target == "dovetail.module":
+        return _module_cost(outs, weights, set(op.uses()))
     inputs = zero
     for name in op.uses():
         if name in values:
@@ -74,6 +77,13 @@ def op_cost(op: Op, values: Mapping[str, Value], weights: Mapping[str, Weight]) 
         rows = sympy.Mul(*out.shape[:-1])
         return OpCost("gemm", 2 * sympy.Mul(*out.shape) * depth, inputs + outs, rows, outs)
     return OpCost("copy", zero, inputs + outs, zero, outs)
+
+
+def _module_cost(outs: Expr, weights: Mapping[str, Weight], used: set[str]) -> OpCost:
+    """Of a module that runs whole: the products of its matrices with every token."""
+    rows = SEQS * Q_LEN
+    depth = sum(prod(w.shape) for name, w in weights.items() if name in used and len(w.shape) > 1)
+    return OpCost("gemm", 2 * rows * depth, 2 * outs, rows, outs)
 
 
 def _matrix_operand(op: Op) -> Arg:

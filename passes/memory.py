@@ -27,6 +27,8 @@ KERNEL_FIXED = 256 << 10
 """What oneDNN keeps beside that, whatever the shapes."""
 COPY_BYTES = 4 << 20
 """What attention converts to float32 at one time, unless a key head of one row needs more."""
+MODULE_COPIES = 4
+"""How often a whole module may hold the results of its matrices at one time."""
 RESERVE_FIXED = 1280 << 10
 """Bytes kept back for the allocator, Python objects, and library code first touched in a run."""
 RESERVE_SHARE = 0.05
@@ -72,7 +74,8 @@ def ram_bytes(layout: Layout) -> dict[str, int]:
     parts = {
         "resident": resident_bytes(layout),
         "rings": sum(rings.values()),
-        "kv": layout.dispatch.kv_tokens * layout.graph.kv_bytes_per_token,
+        "kv": layout.dispatch.kv_tokens * layout.graph.kv_bytes_per_token
+        + layout.dispatch.seqs * layout.graph.state_bytes_per_seq,
         "tokens": token_buffer_bytes(layout),
         "activations": activation_bytes(layout),
         "kernels": kernel_bytes(layout.graph, layout.buckets),
@@ -240,9 +243,11 @@ def _owners(ops: Iterable[Op]) -> dict[str, str]:
 def _scratch_bytes(op: Op, body: Body, shape: tuple[int, int, int]) -> int:
     """What an attention kernel needs beside its output: a mask or a tile of scores, and float32
     copies of what it reads in another type or width."""
+    seqs, q_len, past = shape
+    if op.target == "dovetail.module":
+        return _module_bytes(op, body, q_len, past)
     if op.target != "dovetail.attention":
         return 0
-    seqs, q_len, past = shape
     q, k, v = (body.values[arg.name] for arg in op.args[:3] if isinstance(arg, Ref))
     heads, kv_heads = (int(evaluate(x.shape[1], seqs=1, q_len=1, past=0)) for x in (q, k))
     tile = min(q_len, 256) * (past + q_len) * 4
@@ -251,6 +256,15 @@ def _scratch_bytes(op: Op, body: Body, shape: tuple[int, int, int]) -> int:
         return fixed
     one = _copy_bytes(k, v) * (heads // kv_heads * q_len + past + q_len)
     return fixed + min(seqs * kv_heads * one, max(COPY_BYTES, one))
+
+
+def _module_bytes(op: Op, body: Body, q_len: int, past: int) -> int:
+    """What a module that runs whole on one sequence may hold at once, as a rule of thumb: its
+    matrices' results a few times over in float32, and scores of every key."""
+    names = {arg.name for arg in op.args[1] if isinstance(arg, Ref)} if len(op.args) > 1 else set()  # type: ignore[union-attr]
+    weights = {w.fqn: w for task in body.tasks for w in task.weights if w.fqn in names}
+    width = sum(w.shape[0] for w in weights.values() if len(w.shape) == 2)
+    return q_len * 4 * (MODULE_COPIES * width + 4 * (past + q_len))
 
 
 def _converted(k: Value, v: Value) -> bool:

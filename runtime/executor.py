@@ -22,6 +22,8 @@ from dovetail.runtime.attention import attention
 from dovetail.runtime.direct_io import Reader, direct_span
 from dovetail.runtime.group_state import GroupState
 from dovetail.runtime.kv_store import KvGroup, KvStore
+from dovetail.runtime.memory_weights import MemoryWeights
+from dovetail.runtime.modules import Modules, has_modules, state_nbytes
 from dovetail.runtime.pools import Arena, RingClosed, SlotRing, TierBudget, torch_dtype
 from dovetail.runtime.recorder import Recorder, clock
 from dovetail.runtime.routing_sink import RoutingSink
@@ -48,7 +50,7 @@ class Runtime:
         graph: TaskGraph,
         program: Program,
         constants: Mapping[str, Tensor],
-        index: CheckpointIndex,
+        index: CheckpointIndex | MemoryWeights,
         functions: Mapping[str, Any],
         choose: Callable[[Tensor, range], Tensor],
     ) -> None:
@@ -60,7 +62,10 @@ class Runtime:
         self._dtype = torch_dtype(graph.dtype)
         self._workers = len(program.workers)
         self._reader = Reader(block_bytes=program.settings.block)
-        self._store = WeightStore(graph, index, self._reader)
+        self._directory = getattr(index, "directory", None)
+        self._store: WeightStore | MemoryWeights = (
+            index if isinstance(index, MemoryWeights) else WeightStore(graph, index, self._reader)
+        )
         self._stopped = self._ready = False
         self._error: BaseException | None = None
         self._new_step = threading.Condition()
@@ -76,7 +81,8 @@ class Runtime:
         self._held: dict[str, list[list[Tensors]]] = {}
         self._resident: dict[tuple[str, int], list[Tensors]] = {}
         self._tokens: TokenBuffers | None = None
-        self._pools: list[Arena | KvStore | TokenBuffers] = []
+        self._pools: list[Arena | KvStore | TokenBuffers | Modules] = []
+        self.modules: Modules | None = None
         self._row_lock = threading.Lock()
         self._hidden: Tensor | None = None
         self._next: Tensor = torch.empty(0, dtype=torch.int64)
@@ -112,6 +118,11 @@ class Runtime:
             [graph.body(i).kv for i in layers], settings.admission.kv_tokens, self._kv_memory
         )
         self._pools.insert(0, self.kv)
+        if has_modules(graph):
+            admitted = settings.admission
+            nbytes = state_nbytes(graph, admitted.seqs, admitted.kv_tokens)
+            self.modules = Modules(graph, self._directory, self.budget, nbytes)
+            self._pools.append(self.modules)
         specs = [spec for i in layers if (spec := experts_of(graph, i))]
         if specs:
             self._tokens = TokenBuffers(
@@ -135,6 +146,9 @@ class Runtime:
         return arena.view(arena.allocate(nbytes), nbytes)
 
     def _load_resident(self) -> dict[tuple[str, int], list[Tensors]]:
+        if isinstance(self._store, MemoryWeights):
+            held = self.program.resident
+            return {(k, i): self._store.tensors(k, i, range(n)) for k, i, n in held}
         units = {}
         for kind, layer, experts in self.program.resident:
             units[kind, layer] = self._store.unit(kind, layer, range(experts))
@@ -180,6 +194,11 @@ class Runtime:
             states[place] = state
             start += state.tokens
         return [state for state in states if state is not None]
+
+    def leave(self, indices: Sequence[int]) -> None:
+        """Forget the states of sequences that have ended."""
+        if self.modules is not None:
+            self.modules.leave(list(indices))
 
     def stop(self) -> None:
         """End every engine and give all memory back. Safe to call twice."""
@@ -274,9 +293,12 @@ class Runtime:
         experts = (
             self.program.settings.chunk_experts(layer, chunk) if ring == "experts" else range(0)
         )
-        unit = self._store.unit(ring, -1 if ring == "head" else layer, experts)
-        slot = n % len(self._held[ring])
-        self._held[ring][slot] = self._store.read(unit, buffer, streamed=True)
+        at, slot = -1 if ring == "head" else layer, n % len(self._held[ring])
+        if isinstance(self._store, MemoryWeights):
+            self._held[ring][slot] = self._store.tensors(ring, at, experts)
+        else:
+            unit = self._store.unit(ring, at, experts)
+            self._held[ring][slot] = self._store.read(unit, buffer, streamed=True)
         self.recorder.add(loader, "load", ring, layer, begin, clock())
 
     def signal_ready(self, ring: str, loader: str = "disk0") -> None:

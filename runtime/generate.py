@@ -11,6 +11,7 @@ from dovetail.ir.batching import Batcher, Group, Request, Step
 from dovetail.ir.program import Program
 from dovetail.ir.task_graph import TaskGraph
 from dovetail.runtime.executor import Runtime
+from dovetail.runtime.memory_weights import MemoryWeights
 from dovetail.runtime.safetensors_index import CheckpointIndex
 from dovetail.runtime.sampling import Sampling, choose
 
@@ -27,11 +28,13 @@ class Finished:
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """What a step brought: sequences that left and how many tokens were generated."""
+    """What a step brought: sequences that left, how many tokens were generated, and the tokens
+    themselves in the order of ``step.receivers``."""
 
     step: Step
     finished: tuple[Finished, ...]
     tokens: int
+    chosen: tuple[int, ...] = ()
 
 
 Observer = Callable[[Sequence[tuple[int, int]], Tensor], None]
@@ -51,7 +54,7 @@ class Generator:
         graph: TaskGraph,
         program: Program,
         constants: Mapping[str, Tensor],
-        index: CheckpointIndex,
+        index: CheckpointIndex | MemoryWeights,
         functions: Mapping[str, Any],
         sampling: Sampling,
         stop_tokens: Sequence[int],
@@ -62,6 +65,10 @@ class Generator:
         self._order: list[int] = []
         self.observer: Observer | None = None
         self.runtime = Runtime(graph, program, constants, index, functions, self._choose)
+
+    def configure(self, sampling: Sampling, stop_tokens: Sequence[int]) -> None:
+        """Choose tokens like this from the next run of ``steps`` on."""
+        self._sampling, self._stop = sampling, frozenset(stop_tokens)
 
     def __enter__(self) -> "Generator":
         self.runtime.start()
@@ -86,9 +93,9 @@ class Generator:
                 if token in self._stop:
                     stopped.append(index)
             left = batcher.advance(step, stopped)
-            yield StepReport(
-                step, tuple(self._leave(i, stopped, limits) for i in left), len(tokens)
-            )
+            self.runtime.leave(left)
+            gone = tuple(self._leave(i, stopped, limits) for i in left)
+            yield StepReport(step, gone, len(tokens), tuple(tokens))
 
     def _leave(self, index: int, stopped: list[int], limits: Mapping[int, int]) -> Finished:
         tokens = tuple(self._made.pop(index))

@@ -14,6 +14,8 @@ from dovetail.runtime.pools import tensor_view, torch_dtype
 from dovetail.runtime.safetensors_index import CheckpointIndex, Run, TensorEntry, adjacent_runs
 
 Tensors = dict[str, Tensor]
+_PIECE = "#"
+"""Between a weight's name and the number of its piece."""
 CONVERT_LIMIT = 4 << 20
 """Largest tensor of a streamed unit that may be converted to another dtype on the way."""
 
@@ -76,7 +78,9 @@ class WeightStore:
                 places[entry] = at + start + entry.offset - run.offset
             at += span
         return [
-            {slot.name: _tensor(slot, buffer, places[slot.entry], streamed) for slot in part}
+            _joined(
+                {slot.name: _tensor(slot, buffer, places[slot.entry], streamed) for slot in part}
+            )
             for part in unit.parts
         ]
 
@@ -113,10 +117,15 @@ class WeightStore:
             "head": head_weights(self._graph),
             "dense": dense_weights(self._graph.body(layer)) if layer >= 0 else (),
         }
-        yield [
-            _Slot(w.fqn, self._entry(w.key.format(layer=layer), w.shape), w.shape, w.dtype)
-            for w in weights[kind]
-        ]
+        yield [slot for w in weights[kind] for slot in self._slots(w, layer)]
+
+    def _slots(self, weight: Weight, layer: int) -> Iterable[_Slot]:
+        if not weight.pieces:
+            entry = self._entry(weight.key.format(layer=layer), weight.shape)
+            yield _Slot(weight.fqn, entry, weight.shape, weight.dtype)
+        for number, key in enumerate(weight.pieces):
+            entry = self._entry(key.format(layer=layer))
+            yield _Slot(f"{weight.fqn}{_PIECE}{number}", entry, entry.shape, weight.dtype)
 
     def _expert_entry(
         self, key: str, shape: tuple[int, ...], layer: int, expert: int, stacked: bool, count: int
@@ -124,7 +133,7 @@ class WeightStore:
         name = key.format(layer=layer, expert=expert)
         if not stacked:
             return self._entry(name, shape)
-        whole = self._entry(name, (count, *shape))
+        whole = self._entry(name, (count, *shape), (count * shape[0], *shape[1:]))
         share = whole.nbytes // count
         return replace(
             whole,
@@ -134,7 +143,8 @@ class WeightStore:
             shape=shape,
         )
 
-    def _entry(self, key: str, shape: tuple[int, ...]) -> TensorEntry:
+    def _entry(self, key: str, *shapes: tuple[int, ...]) -> TensorEntry:
+        """The entry of ``key``, which has one of ``shapes``."""
         entry = self._index.entries.get(key)
         if entry is None:
             raise CheckpointError(
@@ -142,12 +152,20 @@ class WeightStore:
                 f"{len(self._index.entries)} tensors is; the files belong to another model or are "
                 "incomplete: download the checkpoint again"
             )
-        if tuple(entry.shape) != tuple(shape):
+        if shapes and tuple(entry.shape) not in shapes:
             raise CheckpointError(
                 f"{entry.file}: tensor {key!r} has shape {list(entry.shape)}, the model's config "
-                f"expects {list(shape)}; config.json and weights are from different models"
+                f"expects {list(shapes[0])}; config.json and weights are from different models"
             )
         return entry
+
+
+def _joined(tensors: Tensors) -> Tensors:
+    """``tensors`` with those that come in pieces put together."""
+    pieces: dict[str, list[Tensor]] = {}
+    for name in [name for name in tensors if _PIECE in name]:
+        pieces.setdefault(name.split(_PIECE)[0], []).append(tensors.pop(name))
+    return tensors | {name: torch.cat(parts) for name, parts in pieces.items()}
 
 
 def _tensor(slot: _Slot, buffer: memoryview, at: int, streamed: bool) -> Tensor:
