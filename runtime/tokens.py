@@ -92,14 +92,7 @@ class TokenBuffers:
 
     def select(self, rows: Tensor) -> Tensor:
         """The inputs of these tokens; in 16-bit types zero rows follow, up to whole tiles."""
-        if self.x.dtype.itemsize != 2:
-            return self.x.index_select(0, rows)
-        padded = torch.empty(
-            (sum(tiles(len(rows), self._buckets)), self._hidden), dtype=self.x.dtype
-        )
-        padded[len(rows) :].zero_()
-        torch.index_select(self.x, 0, rows, out=padded[: len(rows)])
-        return padded
+        return padded_rows(self.x, rows, self._buckets)
 
     def take(self, start: int, count: int, dtype: torch.dtype) -> Tensor:
         """The summed outputs of a group's tokens, ``[count, hidden]``."""
@@ -111,3 +104,14 @@ class TokenBuffers:
     def close(self) -> None:
         """Give the memory back."""
         self._arena.close()
+
+
+def padded_rows(x: Tensor, rows: Tensor, buckets: tuple[int, ...]) -> Tensor:
+    """Rows of ``x [tokens, hidden]``; in 16-bit types zero rows follow, up to whole tiles of the
+    sizes in ``buckets``."""
+    if x.dtype.itemsize != 2:
+        return x.index_select(0, rows)
+    padded = torch.empty((sum(tiles(len(rows), buckets)), x.shape[1]), dtype=x.dtype)
+    padded[len(rows) :].zero_()
+    torch.index_select(x, 0, rows, out=padded[: len(rows)])
+    return padded
