@@ -1,0 +1,1 @@
+"""Checks of emitted kernels that need no GPU: numbers in the interpreter, facts of the binary."""

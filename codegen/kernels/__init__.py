@@ -1,0 +1,1 @@
+"""Fused MoE kernels: spec → one readable Triton module, with its cost model."""

@@ -1,0 +1,178 @@
+"""Choose the kernels of a layer: every tile that fits, ranked by predicted time.
+
+The space is what tuned configurations of fused MoE kernels cover: 16 to 128 rows, 64 to 256
+outputs, 32 to 128 along k, 4 or 8 warps, 2 to 5 stages, both operand orders, split k. Most of it is
+refused by arithmetic; nothing is compiled here.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Literal, NamedTuple
+
+from dovetail.codegen.kernels.arch import Arch, matrix_instruction
+from dovetail.codegen.kernels.cost import predicted_seconds, refusal
+from dovetail.codegen.kernels.launch_bounds import SORT_ONE_LAUNCH
+from dovetail.ir.errors import InputError
+from dovetail.ir.kernel_layer import LayerKernels, LayerSpec
+from dovetail.ir.kernel_spec import Dtype, GemmSpec, ReduceSpec, SortSpec, Tile
+
+LADDER = (1, 16, 64, 256, 1024, 4096, 16384)
+"""Token counts that layers are prepared for; a count runs on the next larger one's kernels."""
+_ROWS = (16, 32, 64, 128)
+_OUTPUTS = (64, 128, 256)
+_DEPTHS = (32, 64, 128)
+_WARPS = (4, 8)
+_STAGES = (2, 3, 4, 5)
+_SPLITS = (1, 2, 4)
+_SPLIT_TOKENS = 256
+"""Up to this many tokens a split k axis may pay: beyond, tiles alone fill the GPU."""
+
+
+class Ranked(NamedTuple):
+    """A spec and its predicted seconds."""
+
+    seconds: float
+    spec: GemmSpec
+
+
+def variants(base: GemmSpec, arch: Arch, rows: int) -> Iterator[GemmSpec]:
+    """Every legal spec of ``base``'s GEMM with ``rows`` rows per tile, pruned by arithmetic."""
+    whole = base.activation is not None or base.store != "slot" or base.bucket[1] > _SPLIT_TOKENS
+    splits = (1,) if whole else _SPLITS
+    orders = (False, True) if rows < 64 else (False,)
+    loads: tuple[Literal["pointer", "tma"], ...] = ("pointer", "tma") if arch.tma else ("pointer",)
+    for n, k, warps, stages, split, swap, load in itertools.product(
+        _OUTPUTS, _DEPTHS, _WARPS, _STAGES, splits, orders, loads
+    ):
+        out: Dtype = "fp32" if split > 1 else base.out
+        tile = Tile(rows, n, k, warps, stages, split_k=split)
+        try:
+            spec = dataclasses.replace(base, tile=tile, swap_ab=swap, loads=load, out=out)
+        except InputError:
+            continue
+        if _worthwhile(spec, arch) and not refusal(spec, arch):
+            yield spec
+
+
+def _worthwhile(spec: GemmSpec, arch: Arch) -> bool:
+    """Operand orders and loads that cannot win are left out.
+
+    Swapping operands costs a transposed store, so it must gain the warp-group instruction; TMA
+    frees the registers of addresses, which matters from 64 rows on.
+    """
+    if spec.swap_ab:
+        plain = dataclasses.replace(spec, swap_ab=False)
+        if matrix_instruction(spec, arch) == matrix_instruction(plain, arch):
+            return False
+    return spec.loads == "pointer" or spec.tile.m >= 64 or spec.swap_ab
+
+
+def rank(base: GemmSpec, arch: Arch, tokens: int, rows: int, keep: int = 8) -> list[Ranked]:
+    """The ``keep`` fastest predicted variants; ties go to the smaller tile."""
+    found = [
+        Ranked(predicted_seconds(spec, arch, tokens), spec) for spec in variants(base, arch, rows)
+    ]
+    return sorted(found, key=lambda item: (item.seconds, _size(item.spec)))[:keep]
+
+
+def _size(spec: GemmSpec) -> tuple[int, ...]:
+    tile = spec.tile
+    return (
+        tile.split_k,
+        tile.warps,
+        tile.n * tile.k,
+        tile.stages,
+        spec.swap_ab,
+        spec.loads == "tma",
+    )
+
+
+def choose_layer(layer: LayerSpec, arch: Arch, bucket: tuple[int, int]) -> LayerKernels:
+    """The kernels for one bucket of token counts: both GEMMs share the sort's rows per tile.
+
+    Raises InputError when no tile fits, which needs an architecture with less shared memory than
+    two small tiles.
+    """
+    tokens = bucket[1]
+    up, down = _up(layer, bucket), _down(layer, bucket)
+    best: tuple[float, GemmSpec, GemmSpec] | None = None
+    for rows in _ROWS:
+        ups, downs = rank(up, arch, tokens, rows, 1), rank(down, arch, tokens, rows, 1)
+        if not ups or not downs:
+            continue
+        seconds = ups[0].seconds + downs[0].seconds
+        if best is None or seconds < best[0]:
+            best = seconds, ups[0].spec, downs[0].spec
+    if best is None:
+        raise InputError(
+            f"layer {layer.name}: no tile fits {arch.name}; its shared memory is too small"
+        )
+    _, up, down = best
+    return LayerKernels(
+        arch=arch.name,
+        bucket=bucket,
+        route=layer.route,
+        sort=SortSpec(
+            "moe_sort", layer.experts, up.tile.m, one_launch=tokens * layer.top_k <= SORT_ONE_LAUNCH
+        ),
+        up=up,
+        activate=None,
+        down=down,
+        reduce=_reduce(layer, down),
+        **_shared(layer, arch, bucket),
+    )
+
+
+def choose_ladder(
+    layer: LayerSpec, arch: Arch, ladder: Sequence[int] = LADDER
+) -> tuple[LayerKernels, ...]:
+    """Kernels for every bucket of the ladder."""
+    firsts = (1, *(last + 1 for last in ladder[:-1]))
+    return tuple(
+        choose_layer(layer, arch, (first, last)) for first, last in zip(firsts, ladder, strict=True)
+    )
+
+
+def _up(layer: LayerSpec, bucket: tuple[int, int]) -> GemmSpec:
+    return GemmSpec(
+        "moe_up", layer.experts, layer.inter, layer.hidden, layer.top_k, layer.x,
+        Tile(16, 64, 32), layer.up, "gather", "row", layer.activation, layer.bias,
+        out=layer.x, bucket=bucket,
+    )  # fmt: skip
+
+
+def _down(layer: LayerSpec, bucket: tuple[int, int]) -> GemmSpec:
+    return GemmSpec(
+        "moe_down", layer.experts, layer.hidden, layer.inter, layer.top_k, layer.x,
+        Tile(16, 64, 32), layer.down, "sorted", "slot", None, layer.bias, True,
+        out=layer.x, bucket=bucket,
+    )  # fmt: skip
+
+
+def _reduce(layer: LayerSpec, down: GemmSpec) -> ReduceSpec:
+    shared = "gated" if layer.shared_gate else "plain" if layer.shared else "none"
+    return ReduceSpec(
+        "moe_reduce", layer.experts, layer.hidden, layer.top_k, down.tile.split_k, shared,  # type: ignore[arg-type]
+        layer.x, layer.x,
+    )  # fmt: skip
+
+
+def _shared(layer: LayerSpec, arch: Arch, bucket: tuple[int, int]) -> dict[str, GemmSpec]:
+    """The shared expert as a dense pair of GEMMs."""
+    if not layer.shared:
+        return {}
+    up = dataclasses.replace(
+        _up(layer, bucket), name="shared_up", experts=1, n=layer.shared, top_k=1, rows="dense",
+        weights=dataclasses.replace(layer.up, format="plain", scale_k=0, scale_n=1), bias=False,
+    )  # fmt: skip
+    down = dataclasses.replace(
+        _down(layer, bucket), name="shared_down", experts=1, k=layer.shared, top_k=1, rows="dense",
+        store="row", routed_weight=False, bias=False,
+        weights=dataclasses.replace(layer.down, format="plain", scale_k=0, scale_n=1),
+    )  # fmt: skip
+    chosen = {}
+    for name, base in (("shared_up", up), ("shared_down", down)):
+        ranked = [item for rows in _ROWS for item in rank(base, arch, bucket[1], rows, 1)]
+        chosen[name] = min(ranked, key=lambda item: item.seconds).spec
+    return chosen

@@ -1,0 +1,90 @@
+"""The kernels of one mixture-of-experts layer: what the layer is, and what was chosen for it."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from dovetail.ir.kernel_spec import (
+    ActivateSpec,
+    Activation,
+    Dtype,
+    GemmSpec,
+    KernelSpec,
+    ReduceSpec,
+    RouteSpec,
+    SortSpec,
+    Weights,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSpec:
+    """A mixture-of-experts layer as kernels see it.
+
+    ``inter`` is the width between an expert's two matrices, ``shared`` that of the shared expert
+    (0: none), ``shared_gate`` whether a logit per token scales it (Qwen2-MoE). ``up`` and ``down``
+    say how the experts' matrices are stored; the shared expert's are plain, in the same order.
+    """
+
+    name: str
+    experts: int
+    hidden: int
+    inter: int
+    top_k: int
+    route: RouteSpec
+    x: Dtype = "bf16"
+    up: Weights = field(default_factory=Weights)
+    down: Weights = field(default_factory=Weights)
+    activation: Activation = field(default_factory=Activation)
+    bias: bool = False
+    shared: int = 0
+    shared_gate: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class LayerKernels:
+    """The kernels that run a layer on ``arch`` for token counts of ``bucket`` (first, last)."""
+
+    arch: str
+    bucket: tuple[int, int]
+    route: RouteSpec
+    sort: SortSpec
+    up: GemmSpec
+    activate: ActivateSpec | None
+    down: GemmSpec
+    reduce: ReduceSpec
+    shared_up: GemmSpec | None = None
+    shared_down: GemmSpec | None = None
+
+    def specs(self) -> Iterator[KernelSpec]:
+        """Every kernel, in the order of launches."""
+        for spec in (
+            self.route,
+            self.sort,
+            self.up,
+            self.activate,
+            self.down,
+            self.shared_up,
+            self.shared_down,
+            self.reduce,
+        ):
+            if spec is not None:
+                yield spec
+
+
+@dataclass(frozen=True, slots=True)
+class KernelReference:
+    """A kernel in a plan: its spec, the file with its source beside the plan, and digests of both.
+
+    ``spec_digest`` says which kernel was chosen, ``source_digest`` that the text is what this
+    version of dovetail emits from it; ``registers`` and ``shared_bytes`` are what the gate read
+    from the binary that ``compiler`` made for ``arch``.
+    """
+
+    file: str
+    arch: str
+    spec: KernelSpec
+    spec_digest: str
+    source_digest: str
+    compiler: str = ""
+    registers: int = 0
+    shared_bytes: int = 0
