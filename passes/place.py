@@ -9,9 +9,12 @@ from dataclasses import dataclass
 
 from dovetail.ir.errors import InputError
 from dovetail.ir.expert_placement import VERSION, ExpertPlacement, PlacementProblem
+from dovetail.passes.policies.expert_affinity import ILP_KNOBS, expert_placement_ilp
 from dovetail.passes.policies.expert_balance import BALANCE_KNOBS, balance, eplb
+from dovetail.passes.policies.expert_latency import LATENCY_KNOBS, latency
 from dovetail.passes.policies.expert_layout import Draft, Knobs
 from dovetail.passes.policies.expert_moves import MIN_MOVE_KNOBS, min_move
+from dovetail.passes.policies.expert_robust import ROBUST_KNOBS, robust
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +42,19 @@ PLACEMENT_POLICIES: dict[str, PlacementPolicy] = {
             "fewest copies by CP-SAT with Hall cuts",
             MIN_MOVE_KNOBS,
             min_move,
+        ),
+        PlacementPolicy(
+            "expert_placement_ilp",
+            "ExFlow (2024), MoETuner (2025), grouping of Speculative MoE (2025)",
+            ILP_KNOBS,
+            expert_placement_ilp,
+        ),
+        PlacementPolicy("robust", "scenario max-min", ROBUST_KNOBS, robust),
+        PlacementPolicy(
+            "latency",
+            "roofline of a step (METRO, 2025; CRAFT, 2026)",
+            LATENCY_KNOBS,
+            latency,
         ),
     )
 }

@@ -18,6 +18,7 @@ from dovetail.solvers.expert_eplb import replicate
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
+Bools = npt.NDArray[np.bool_]
 Cost = Callable[[Floats], Floats]
 _LESS = 1 - 1e-9
 _PARTNERS = 16
@@ -121,7 +122,7 @@ class SlotSearch:
             layers = layers[moved]
             layers = layers[self.worst()[layers] > enough[layers]]
 
-    def _swap_step(self, layers: Ints) -> npt.NDArray[np.bool_]:
+    def _swap_step(self, layers: Ints) -> Bools:
         """The best swap of every layer, where one lowers the maximum; which layers moved."""
         load = self.load[layers]
         devices, slots = self.exists.shape
@@ -144,14 +145,12 @@ class SlotSearch:
         after = np.maximum(hot_after, near_after).max(1)
         after[self._blocked(layers, hot, partner, mine, theirs)] = np.inf
         best = after.reshape(len(layers), -1).argmin(1)
-        moved = after.reshape(len(layers), -1)[row, best] < limit
+        moved: Bools = np.less(after.reshape(len(layers), -1)[row, best], limit)
         k, p, q = np.unravel_index(best, (slots, count, slots))
         self._swap(layers[moved], hot[moved], k[moved], partner[row, p][moved], q[moved])
         return moved
 
-    def _blocked(
-        self, layers: Ints, hot: Ints, partner: Ints, mine: Ints, theirs: Ints
-    ) -> npt.NDArray[np.bool_]:
+    def _blocked(self, layers: Ints, hot: Ints, partner: Ints, mine: Ints, theirs: Ints) -> Bools:
         """Swaps ``[layer, slot, partner, slot]`` of slots that do not exist, or that would put an
         expert twice on a device."""
         twice = self.held[layers[:, None, None], partner[:, None, :], mine[:, :, None]] > 0
@@ -160,7 +159,8 @@ class SlotSearch:
         back &= theirs < self.experts
         back |= ~self.exists[partner]
         blocked = twice[:, :, :, None] | back[:, None]
-        return np.asarray(blocked | ~self.exists[hot][:, :, None, None])
+        hot_missing: Bools = ~self.exists[hot][:, :, None, None]
+        return np.logical_or(blocked, hot_missing)
 
     def _swap(self, layers: Ints, g: Ints, k: Ints, h: Ints, q: Ints) -> None:
         e, f = self.slots[layers, g, k], self.slots[layers, h, q]
