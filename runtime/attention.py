@@ -1,4 +1,4 @@
-"""Attention on the CPU over ragged groups: causal, windowed, grouped queries, sinks.
+"""Attention on the CPU over ragged groups: causal, windowed, chunked, grouped queries, sinks.
 
 Everything runs in PyTorch's flash kernel for the CPU, in float32. For bfloat16 and float16 that is
 also the fast way: a tile of keys is converted once into a buffer that stays in the cache, while
@@ -39,14 +39,16 @@ def attention(
     scale: float,
     window: int,
     kv_group: KvGroup,
+    chunk: int = 0,
 ) -> Tensor:
     """Attention of ``q [seqs, q_heads, q_len, key_dim]``; returns ``[seqs, q_len, q_heads,
     value_dim]``, contiguous.
 
     Query s of a row sits at position p = held + s and sees key j if j <= p and, with a ``window``
-    other than 0, j > p - window. Keys and values are tensors ``[seqs, kv_heads, kv_len, dim]`` or
-    handles from ``KvGroup.update``. ``sinks [q_heads]`` are logits of a further key whose value is
-    zero. Padded queries get finite numbers.
+    other than 0, j > p - window, with a ``chunk`` other than 0, j // chunk == p // chunk. Keys and
+    values are tensors ``[seqs, kv_heads, kv_len, dim]`` or handles from ``KvGroup.update``.
+    ``sinks [q_heads]`` are logits of a further key whose value is zero. Padded queries get finite
+    numbers.
     """
     seqs, heads, q_len, _ = q.shape
     dim = (values if isinstance(values, Tensor) else values.views[0]).shape[-1]
@@ -56,7 +58,7 @@ def attention(
     logits = None if sinks is None else sinks.float()
     for first, last, k, v in _pieces(keys, values, seqs):
         rows = slice(first, last)
-        piece = _Piece(q[rows], k, v, logits, scale, window, out[rows])
+        piece = _Piece(q[rows], k, v, logits, scale, window, chunk, out[rows])
         if q_len == 1:
             _decode(piece, kv_group, first, last)
         else:
@@ -87,6 +89,7 @@ class _Piece:
     sinks: Tensor | None
     scale: float
     window: int
+    chunk: int
     out: Tensor
 
     @property
@@ -160,8 +163,8 @@ def _decode(piece: _Piece, kv_group: KvGroup, first: int, last: int) -> None:
         heads, limit = kv_heads, sys.maxsize
     waste = _CALL_BYTES // (head_bytes * heads)
     tiles = kv_group.memo(
-        ("tiles", first, last, piece.window, limit),
-        lambda: _tiles(kv_group.held[first:last], piece.window, limit, waste),
+        ("tiles", first, last, piece.window, piece.chunk, limit),
+        lambda: _tiles(kv_group.held[first:last], piece.window, piece.chunk, limit, waste),
     )
     q = _widened(piece.q.reshape(seqs, kv_heads, -1, piece.q.shape[-1]), piece.dim)
     out = piece.out.view(seqs, kv_heads, -1, piece.out.shape[-1])
@@ -224,10 +227,18 @@ def _staged(x: Tensor, dim: int, half: int) -> Tensor:
     return staged
 
 
-def _tiles(held: Sequence[int], window: int, limit: int, waste: int) -> tuple[_Tile, ...]:
+def _first_seen(position: int, window: int, chunk: int) -> int:
+    """The first key that the query at ``position`` sees."""
+    low = max(0, position + 1 - window) if window else 0
+    return max(low, position // chunk * chunk) if chunk else low
+
+
+def _tiles(
+    held: Sequence[int], window: int, chunk: int, limit: int, waste: int
+) -> tuple[_Tile, ...]:
     """Groups neighbouring rows of like length, with at most ``limit`` tokens in a tile of several
     rows and at most ``waste`` tokens of padding added by each."""
-    spans = [(max(0, n + 1 - window) if window else 0, n + 1) for n in held]
+    spans = [(_first_seen(n, window, chunk), n + 1) for n in held]
     tiles = []
     first, (begin, end) = 0, spans[0]
     for row, (low, high) in enumerate(spans[1:], 1):
@@ -292,6 +303,7 @@ def _block(piece: _Piece, rows: slice, heads: slice, ratio: int) -> _Piece:
         None if piece.sinks is None else piece.sinks[own],
         piece.scale,
         piece.window,
+        piece.chunk,
         piece.out[rows, :, own],
     )
 
@@ -302,16 +314,16 @@ def _prompt_block(block: _Piece, held: int, length: int) -> None:
     q = _widened(block.q[:, :, :length], block.dim)
     k = _widened(block.keys[:, :, :total], block.dim)
     v = _widened(block.values[:, :, :total], block.dim)
-    plain = held == 0 and not 0 < block.window < length
+    plain = held == 0 and not (0 < block.window < length or 0 < block.chunk < length)
     step = length if plain else _MASKED_QUERIES
     for start in range(0, length, step):
         end = min(length, start + step)
         if plain:
             result, lse = _flash(q, k, v, block.scale, causal=True)
         else:
-            low = max(0, held + start + 1 - block.window) if block.window else 0
+            low = _first_seen(held + start, block.window, block.chunk)
             span = slice(low, held + end)
-            mask = _causal_mask(held + start, held + end, low, block.window)
+            mask = _causal_mask(held + start, held + end, low, block.window, block.chunk)
             result, lse = _flash(
                 q[:, :, start:end], k[:, :, span], v[:, :, span], block.scale, mask
             )
@@ -320,8 +332,11 @@ def _prompt_block(block: _Piece, held: int, length: int) -> None:
         block.out[:, start:end] = result[..., : block.out.shape[-1]].transpose(1, 2)
 
 
-def _causal_mask(start: int, end: int, low: int, window: int) -> Tensor:
+def _causal_mask(start: int, end: int, low: int, window: int, chunk: int) -> Tensor:
     """What positions ``start`` to ``end`` add to the scores of keys ``low`` to ``end``."""
-    distance = torch.arange(start, end)[:, None] - torch.arange(low, end)
+    query, key = torch.arange(start, end)[:, None], torch.arange(low, end)
+    distance = query - key
     hidden = (distance < 0) | (distance >= window) if window else distance < 0
+    if chunk:
+        hidden |= query // chunk != key // chunk
     return torch.zeros(hidden.shape).masked_fill_(hidden, -torch.inf)

@@ -38,6 +38,7 @@ class Shape:
     window: int = 0
     sinks: bool = False
     dtype: torch.dtype = torch.float32
+    chunk: int = 0
 
     @property
     def spec(self) -> KvSpec:
@@ -53,6 +54,7 @@ SHAPES = [
     Shape(4, 4),
     Shape(8, 2),
     Shape(4, 4, window=5),
+    Shape(8, 2, chunk=6),
     Shape(8, 2, sinks=True),
     Shape(8, 2, window=7, sinks=True),
     Shape(4, 4, 24, 16),
@@ -81,7 +83,9 @@ class Model:
         v = self.random(group, shape.kv_heads, shape.value_dim)
         kv_group = KvGroup(self.store, group)
         keys, values = kv_group.update(0, k, v, materialise=materialise)
-        out = attention(q, keys, values, self.sinks, shape.scale, shape.window, kv_group)
+        out = attention(
+            q, keys, values, self.sinks, shape.scale, shape.window, kv_group, shape.chunk
+        )
         assert out.shape == (len(group.members), group.q_len, shape.heads, shape.value_dim)
         assert out.is_contiguous() and out.isfinite().all() and out.dtype == shape.dtype
         wanted = []
@@ -89,7 +93,7 @@ class Model:
             self._append(self.keys, member, k[row, :, :length])
             self._append(self.values, member, v[row, :, :length])
             own = (q[row, :, :length], self.keys[member.index], self.values[member.index])
-            wanted.append(reference(*own, self.sinks, shape.scale, shape.window))
+            wanted.append(reference(*own, self.sinks, shape.scale, shape.window, shape.chunk))
         return out, wanted
 
     def check(self, group: Group, *, materialise: bool = False) -> None:
@@ -104,7 +108,13 @@ class Model:
 
 
 def reference(
-    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scale: float, window: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    scale: float,
+    window: int,
+    chunk: int = 0,
 ) -> Tensor:
     """Naive attention of one sequence in float64: ``[q_len, heads, dim]``."""
     ratio, q_len, total = q.shape[0] // k.shape[0], q.shape[1], k.shape[1]
@@ -113,7 +123,8 @@ def reference(
     for s in range(q_len):
         for j in range(total):
             position = total - q_len + s
-            if j > position or (window and j <= position - window):
+            outside = chunk and j // chunk != position // chunk
+            if j > position or (window and j <= position - window) or outside:
                 scores[:, s, j] = -torch.inf
     if sinks is not None:
         column = sinks.double()[:, None, None].expand(-1, q_len, 1)
@@ -132,7 +143,8 @@ def make_group(
 
 def ids(shape: Shape) -> str:
     parts = [f"{shape.heads}x{shape.key_dim}", f"{shape.kv_heads}x{shape.value_dim}"]
-    return "-".join([*parts, f"w{shape.window}"] + ["sinks"] * shape.sinks)
+    limit = f"c{shape.chunk}" if shape.chunk else f"w{shape.window}"
+    return "-".join([*parts, limit] + ["sinks"] * shape.sinks)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=ids)
