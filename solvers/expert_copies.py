@@ -23,7 +23,7 @@ from dovetail.solvers.solved import Solved
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
-_UNITS = 10_000_000
+_UNITS = 100_000_000
 _CUTS_AT_ONCE = 8
 _ENUMERATED = 10
 """Up to this many devices all their sets are looked at; beyond, those that set the loads."""
@@ -50,12 +50,13 @@ def fewest_copies(
 
     ``free[device]`` restricts copies to some devices; the answer is then the best of those only,
     and ``bound`` is 0. ``work`` is CP-SAT's deterministic time, about seconds of a core. Loads are
-    rounded to a ten-millionth of their sum. Where nothing within ``work`` keeps the limit,
+    rounded to 1e-8 of their sum. Where nothing within ``work`` keeps the limit,
     ``value`` is ``now`` and the status ``infeasible`` (``bound`` copies at least are needed).
     """
     begin = time.perf_counter()
     units = np.rint(loads / max(loads.sum(), 1e-300) * _UNITS).astype(np.int64)
-    room = int(limit / max(loads.sum(), 1e-300) * _UNITS * (1 + 1e-9))
+    # Rounding may add up to half a unit an expert; without that slack it could refute an answer.
+    room = int(limit / max(loads.sum(), 1e-300) * _UNITS) + len(loads) // 2 + 1
     model = _Model(units, now, capacity, room, free)
     effort = _Effort(work, work / 5)
     held, bound = _search(model, effort)
