@@ -201,6 +201,8 @@ def print_plan(plan: Plan) -> str:
         ("workload", _workload(plan.workload)),
         ("policy", f"{plan.policy}: {_knobs(plan.knobs)}"),
     ]
+    if plan.tuning is not None:
+        rows.append(("tuning", f"{plan.tuning.outcome}: {plan.tuning.reason}"))
     lines = [part for line in table(rows, indent=0) for part in _wrap(line, " " * 10)]
     lines += ["", "moves"]
     lines += [part for move in plan.moves for part in _wrap(f"  {move_text(move)}", " " * 6)]

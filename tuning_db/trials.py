@@ -88,23 +88,28 @@ class Trials:
 
     def of(self, key: Key) -> list[Trial]:
         """All trials with just this key, in the order in which they were made."""
+        found = [trial for _, trial in self.since(key, 0)]
+        return sorted(found, key=lambda trial: (trial.created_at, trial.uid))
+
+    def since(self, key: Key, place: int) -> list[tuple[int, Trial]]:
+        """The trials with this key that came to this file after ``place``, each with its own."""
         rows = self.database.rows(
-            f"{_TRIAL} FROM trial JOIN task ON task.id = task"
+            f"{_TRIAL}, trial.id FROM trial JOIN task ON task.id = task"
             " JOIN workload ON workload.id = trial.workload"
             " JOIN protocol ON protocol.id = trial.protocol"
             " JOIN environment ON environment.id = environment"
             " WHERE task.digest = ? AND workload.digest = ? AND protocol.digest = ?"
-            " AND silicon_digest = ? AND software_digest = ?"
-            " ORDER BY trial.created_at, trial.uid",
+            " AND silicon_digest = ? AND software_digest = ? AND trial.id > ? ORDER BY trial.id",
             (
                 codec.digest(key.task),
                 _workload_digest(key.workload, key.source),
                 codec.digest(key.protocol),
                 codec.digest(key.silicon),
                 codec.digest(key.software),
+                place,
             ),
         )
-        return [self._trial(row) for row in rows]
+        return [(number, self._trial(tuple(row))) for *row, number in rows]
 
     def keys_of(self, task: Task, workload: Workload, source: str) -> list[Key]:
         """The keys of all trials of a task and workload, wherever and however they were timed."""

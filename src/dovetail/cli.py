@@ -100,10 +100,15 @@ def _run_parser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--record-routing", type=Path, metavar="FILE.npz", help="write the experts of every token"
     )
+    parser.add_argument("--ray", type=int, metavar="N", help="N shards on a Ray cluster")
     parser.set_defaults(command=_run)
 
 
 def _run(options: argparse.Namespace) -> int:
+    if options.ray is not None:
+        from dovetail.run_ray import run_on_cluster
+
+        return run_on_cluster(options)
     from dovetail.run import run
 
     return run(options)

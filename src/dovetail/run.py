@@ -26,6 +26,7 @@ from dovetail.planning import Request, plan_apart
 from dovetail.progress import Progress
 from dovetail.prompts import Prompt, PromptSet, read_prompts
 from dovetail.report import Report, save_run, table
+from dovetail.routing_guard import RoutingGuard, Sinks
 from dovetail.routing_record import RoutingRecord, check_recorded
 from dovetail.runtime import calibrate_host as host
 from dovetail.runtime.generate import Finished
@@ -173,16 +174,25 @@ def _run_rest(
     if record is not None:
         record.begin(captured.graph)
     executor = place / "executor.py"
-    execution = Execution(plan, captured, folder.index, sampling, stop, executor, record)
+    guard = RoutingGuard.for_plan(plan, captured.graph)
+    sinks = Sinks([sink for sink in (guard, record) if sink is not None])
+    execution = Execution(plan, captured, folder.index, sampling, stop, executor, sinks.or_none)
     writer = _Writer(folder, journal, left, options.max_new_tokens, record)
     requests = requests_of(left, folder.context, options.max_new_tokens)
     ids = {p.index: p.input_ids for p in left}
     with execution, writer.progress:
         for step in execution.steps(requests, ids.__getitem__):
             writer.step(step.finished, step.tokens)
+            _warn_of_drift(guard)
+    _warn_of_drift(guard, last=True)
     report = Report.of(plan, execution.layout, execution.steps_run, execution.measured)
     _remember(plan, report)
     return report
+
+
+def _warn_of_drift(guard: RoutingGuard | None, *, last: bool = False) -> None:
+    if guard is not None and (warning := guard.warning(last=last)):
+        log.warning("%s", warning)
 
 
 def _remember(plan: Plan, report: Report) -> None:

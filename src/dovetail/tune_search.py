@@ -21,7 +21,7 @@ from dovetail.tuning_db.facts import Key, Stop, Trial
 from dovetail.tuning_db.trials import Trials
 from dovetail.tuning_db.winners import pooled
 
-BATCH = 24
+BATCH = 12
 """Points that are ranked to time one."""
 RULED_OUT = 1.3
 """A candidate predicted to take this many times the best predicted of those timed is not timed."""
@@ -92,9 +92,9 @@ class Search:
         self.key, self.clock, self._show = key, clock, show
         self._number = 0
         self._known: dict[str, Trial] = {}
-        self._seen = 0
+        self._rows: list[Trial] = []
+        self._place = 0
         self._over: set[str] = set()
-        self._failed: set[str] = set()
         self.timed = self.ruled_out = 0
         self._since_best = 0
         self._predicted_best = 1.0
@@ -107,10 +107,10 @@ class Search:
 
     def resume(self) -> int:
         """Take over the rows that are there; returns how many."""
-        rows = self._learn()
-        told = [(trial.knobs, _told(trial)) for trial in pooled(rows) if trial.note != DEFAULT]
+        self._learn()
+        told = [(t.knobs, _told(t)) for t in pooled(self._rows) if t.note != DEFAULT]
         rebuild(self._sampler, self._space, told)
-        return len(rows)
+        return len(self._rows)
 
     def seed(self, points: Sequence[dict[str, int]]) -> None:
         """Time these points first: what was best elsewhere."""
@@ -142,7 +142,7 @@ class Search:
         ran = [t for t in ran if statistics.median(t.ratios) < 1.0]
         ran.sort(key=lambda t: (statistics.median(t.ratios), t.digest))
         finalists = ran[:FINALISTS]
-        while len(finalists) > 1 and self.clock.left > self._pair_seconds() * (GATE_PAIRS + 1):
+        while len(finalists) > 1 and self._has_time(GATE_PAIRS + 2 * len(finalists)):
             again = sorted((self._again(t, 2, CONFIRM), t.digest, t) for t in finalists)
             finalists = [trial for _, _, trial in again[: (len(again) + 1) // 2]]
         for trial in finalists[:1]:
@@ -268,25 +268,27 @@ class Search:
         number = trial.number
         return Tick(number, self.timed, self.ruled_out, self.best, self.clock.spent, text, phase)
 
-    def _learn(self) -> list[Trial]:
-        """Read the rows again: another tuner may be at work on the same file."""
-        rows = self._trials.of(self.key)
-        if len(rows) != self._seen:
-            self._seen = len(rows)
-            self._known = {
-                codec.digest(t.parameters["moves"]): t
-                for t in pooled(rows)
-                if "moves" in t.parameters and t.state != "throttled"
-            }
-            self._over |= {codec.digest(t.knobs) for t in rows if t.state == "invalid"}
-        return rows
+    def _learn(self) -> None:
+        """Read the rows that are new: another tuner may be at work on the same file."""
+        for place, trial in self._trials.since(self.key, self._place):
+            self._place = place
+            self._rows.append(trial)
+            if "moves" not in trial.parameters:
+                self._over.add(codec.digest(trial.knobs))
+            elif trial.state != "throttled":
+                name = codec.digest(trial.parameters["moves"])
+                same = [self._known[name]] if name in self._known else []
+                (self._known[name],) = pooled([*same, trial])
 
     def _pair_seconds(self) -> float:
         return 2.2 * min(self._measurer.best_default, self.clock.budget)
 
+    def _has_time(self, pairs: int) -> bool:
+        return self.clock.left > pairs * self._pair_seconds()
+
     def _reserve(self) -> float:
         """Seconds that the gate will need."""
-        gate = (GATE_PAIRS + 2 * FINALISTS) * self._pair_seconds()
+        gate = (GATE_PAIRS + 3 * FINALISTS) * self._pair_seconds()
         return min(max(GATE_SHARE * self.clock.budget, gate), 0.6 * self.clock.budget)
 
 

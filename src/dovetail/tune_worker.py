@@ -24,10 +24,9 @@ from dovetail.capture.captured import load_captured
 from dovetail.checkpoint import ModelFolder
 from dovetail.execute import Execution
 from dovetail.ir import codec
-from dovetail.ir.batching import Group, Request, Step
+from dovetail.ir.batching import Request, Step
 from dovetail.ir.errors import BudgetError, DovetailError, VerifyError
 from dovetail.ir.moves import Move
-from dovetail.ir.placement import experts_of
 from dovetail.ir.plan import Plan, load_plan
 from dovetail.ir.program import Program
 from dovetail.ir.task_graph import ITEMSIZE
@@ -36,6 +35,7 @@ from dovetail.passes.apply_moves import Layout
 from dovetail.passes.cost import Costs
 from dovetail.passes.simulate import Simulator
 from dovetail.planning import PLAN_FILE
+from dovetail.routing_guard import LoadCounter, expert_counts
 from dovetail.runtime.sampling import Sampling
 from dovetail.tuning_db.facts import State
 
@@ -134,26 +134,6 @@ class Probe:
         return (difference / size) ** 0.5 if size else 0.0
 
 
-class LoadCounter:
-    """Counts the tokens of every expert, layer by layer (a routing sink)."""
-
-    def __init__(self, experts: Mapping[int, int]) -> None:
-        self._experts = experts
-        self.counts: dict[int, Tensor] = {}
-
-    def routed(self, step: int, layer: int, groups: Sequence[Group], experts: Tensor) -> None:
-        """Add the choices of a layer's tokens."""
-        counted = torch.bincount(experts.reshape(-1), minlength=self._experts[layer])
-        before = self.counts.get(layer)
-        self.counts[layer] = counted if before is None else before + counted
-
-    @property
-    def skew(self) -> float:
-        """The busiest expert's tokens over the mean, in the layer where that is largest."""
-        found = [float(c.max() / c.float().mean()) for c in self.counts.values() if c.sum()]
-        return max(found, default=0.0)
-
-
 class Worker:
     """Runs candidates in this process."""
 
@@ -181,9 +161,7 @@ class Worker:
 
     def _timed(self, plan: Plan, ask: Ask) -> Answer:
         probe = Probe(self._model.vocab)
-        graph = self._captured.graph
-        layers = range(len(graph.layers))
-        counter = LoadCounter({i: e.count for i in layers if (e := experts_of(graph, i))})
+        counter = LoadCounter(expert_counts(self._captured.graph))
         execution = Execution(
             plan,
             self._captured,
