@@ -18,6 +18,7 @@ from dovetail.runtime.linear import TiledLinear
 AT_ONCE_BYTES = 16 << 20
 """Above so many bytes of intermediate rows an expert at a time is faster on a CPU: its rows stay in
 the cache (measured with 64 experts of 512 x 256; the two meet between 8 and 32 MiB)."""
+GROUPED = (torch.float32, torch.bfloat16, torch.float16)
 Activation = Callable[[Tensor], Tensor]
 _tiled = TiledLinear(LADDERS[0])
 
@@ -79,9 +80,13 @@ def run_experts(
 
 def _at_once(index: Tensor, weights: ExpertWeights) -> bool:
     """Whether what lies between the two products of all experts fits in a cache: then few calls
-    over many rows cost less than many calls over few."""
-    width = sum(weights.up.shape[1:]) + sum(weights.down.shape[1:])
-    return index.numel() * width * weights.up.element_size() <= AT_ONCE_BYTES
+    over many rows cost less than many calls over few. Grouped products want rows of whole 16-byte
+    words."""
+    widths = (*weights.up.shape[1:], *weights.down.shape[1:])
+    size = weights.up.element_size()
+    if weights.up.dtype not in GROUPED or any(width * size % 16 for width in widths):
+        return False
+    return bool(index.numel() * sum(widths) * size <= AT_ONCE_BYTES)
 
 
 def _all_experts(

@@ -104,7 +104,8 @@ class CompiledGenerate:
             wanted = read_arguments(
                 inputs,
                 mask,
-                given,
+                # A seed, so that nothing is drawn from torch's generator.
+                given | {"seed": 0},
                 {k: v for k, v in defaults.items() if not k.startswith("_")},
                 context_of(self._model),
                 text.vocab_size,

@@ -19,6 +19,7 @@ from dovetail.passes.apply_moves import apply_moves
 from dovetail.passes.lower import lower
 from dovetail.runtime import memory
 from dovetail.runtime.generate import Generator, Observer, StepReport
+from dovetail.runtime.memory_weights import MemoryWeights
 from dovetail.runtime.routing_sink import RoutingSink
 from dovetail.runtime.safetensors_index import CheckpointIndex
 from dovetail.runtime.sampling import Sampling
@@ -55,14 +56,16 @@ class Execution:
         self,
         plan: Plan,
         captured: Captured,
-        index: CheckpointIndex,
+        index: CheckpointIndex | MemoryWeights,
         sampling: Sampling,
         stop_tokens: Sequence[int],
         executor_file: Path,
         routing_sink: RoutingSink | None = None,
     ) -> None:
-        kept = min(LARGE_BLOCK, max(LEAST_KEPT, plan.budget["ram"] // KEPT_SHARE))
-        memory.trim_allocator(kept, kept, arenas=1)
+        if not isinstance(index, MemoryWeights):
+            # Beside a model in memory the process is not ours, and the budget not that tight.
+            kept = min(LARGE_BLOCK, max(LEAST_KEPT, plan.budget["ram"] // KEPT_SHARE))
+            memory.trim_allocator(kept, kept, arenas=1)
         graph = captured.graph
         self.layout = apply_moves(graph, plan.moves)
         self.program: Program = lower(self.layout, plan.budget)
@@ -97,9 +100,17 @@ class Execution:
         self._take_stock()
         self._generator.__exit__(kind, error, trace)
 
+    def configure(self, sampling: Sampling, stop_tokens: Sequence[int]) -> None:
+        """Choose tokens like this from the next run of ``steps`` on."""
+        self._generator.configure(sampling, stop_tokens)
+
     def observe(self, observer: Observer) -> None:
         """Show all logits to ``observer`` from now on."""
         self._generator.observer = observer
+
+    def timeline(self) -> Timeline:
+        """What the engines did in the last steps, as measured."""
+        return self._generator.runtime.recorder.timeline()
 
     def steps(
         self, requests: Sequence[Request], prompt: Callable[[int], Sequence[int]]

@@ -164,9 +164,9 @@ class ModuleSchedule:
             return
         for choice in plan.choices:
             given = Choice(
-                choice.kind, choice.tokens, choice.winner, choice.samples, choice.refused, "given"
+                choice.region, choice.tokens, choice.winner, choice.samples, choice.refused, "given"
             )
-            self._choices[choice.kind, choice.tokens] = given
+            self._choices[choice.region, choice.tokens] = given
 
     # What is known.
 
@@ -174,7 +174,7 @@ class ModuleSchedule:
         """What was decided so far."""
         self.find()
         kinds = {path: region.kind for path, region in self.regions.items()}
-        choices = sorted(self._choices.values(), key=lambda c: (c.kind, c.tokens))
+        choices = sorted(self._choices.values(), key=lambda c: (c.region, c.tokens))
         return ModulePlan(
             VERSION,
             type(self._module).__name__,

@@ -4,12 +4,14 @@
 tracer, the search) is never in the memory of the process that runs.
 """
 
+import copy
 import json
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dovetail.capture.captured import Captured, load_captured
 from dovetail.checkpoint import ModelFolder
@@ -22,6 +24,9 @@ from dovetail.ir.workload import Workload
 from dovetail.system_errors import as_output_error
 from dovetail.tuning_db.database import Database, default_path
 from dovetail.tuning_db.trials import Trials
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 PLAN_FILE = "plan.json"
 CONFIG_FILE = "config.json"
@@ -76,11 +81,16 @@ def _config_alone(path: Path) -> Path | None:
 
 def plan_here(request: Request, note: Note, model: Model | None = None) -> tuple[Plan, Captured]:
     """Plan in this process, ``model`` if it is open already. Raises DovetailError."""
+    model = model or Model.open(Path(request.checkpoint), note)
+    return plan_model(request, model, find_machine(request.machine, model.files, note))
+
+
+def plan_model(request: Request, model: Model, machine: Machine) -> tuple[Plan, Captured]:
+    """Plan an open model for ``machine``, whatever machine ``request`` names. Raises
+    DovetailError."""
     from dovetail.passes.choose import choose
 
-    model = model or Model.open(Path(request.checkpoint), note)
     captured = model.captured
-    machine = find_machine(request.machine, model.files, note)
     if request.plan:
         given = load_plan(Path(request.plan))
         plan = _adopt(given, request, captured, machine, model.digest)
@@ -190,6 +200,19 @@ def captured_config(path: Path, note: Note) -> Captured:
         return capture_config(config)
 
     return _cached([path.read_text(encoding="utf-8")], capture, note)
+
+
+def captured_in_memory(config: "PretrainedConfig", dtype: str, note: Note) -> Captured:
+    """The task graph of a model that is in memory in ``dtype``, by its config. Raises
+    CaptureError."""
+    own = copy.deepcopy(config)
+
+    def capture() -> Captured:
+        from dovetail.capture.capture import capture_config
+
+        return capture_config(own, dtype)
+
+    return _cached([own.to_json_string(use_diff=False), dtype], capture, note)
 
 
 def _cached(key: Sequence[object], capture: Callable[[], Captured], note: Note) -> Captured:

@@ -31,13 +31,13 @@ Run = Callable[[], object]
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What was measured for regions of one kind at up to ``tokens`` tokens, and what is used.
+    """What was measured for ``region``s of one kind at up to ``tokens`` tokens, and what is used.
 
     ``samples`` has the seconds of every implementation, round by round; ``refused`` those that
     could not be used, and why.
     """
 
-    kind: str
+    region: str
     tokens: int
     winner: str
     samples: Mapping[str, tuple[float, ...]]
@@ -66,7 +66,7 @@ class ModulePlan:
 
     def digest(self) -> str:
         """Hex sha256 over what was decided: equal decisions, equal digests, whatever the times."""
-        decided = sorted((c.kind, c.tokens, c.winner) for c in self.choices)
+        decided = sorted((c.region, c.tokens, c.winner) for c in self.choices)
         return codec.digest([self.module, dict(self.regions), [list(d) for d in decided]])
 
 
@@ -171,7 +171,7 @@ class ChoiceStore:
 
     def put(self, choice: Choice) -> None:
         """Remember a choice; those of another environment make way for it."""
-        path = self._path(choice.kind)
+        path = self._path(choice.region)
         kept: list[Choice] = []
         try:
             plan = load_module_plan(path)
@@ -181,7 +181,7 @@ class ChoiceStore:
             pass
         path.parent.mkdir(parents=True, exist_ok=True)
         choices = tuple(sorted([*kept, choice], key=lambda c: c.tokens))
-        plan = ModulePlan(VERSION, choice.kind, self._here, {}, choices)
+        plan = ModulePlan(VERSION, choice.region, self._here, {}, choices)
         save_module_plan(plan, path)
 
     def _path(self, kind: str) -> Path:
