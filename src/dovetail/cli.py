@@ -16,7 +16,7 @@ from dovetail.tuning_cli import db_parser, tune_parser
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     parser = make_parser()
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(_with_action(sys.argv[1:] if arguments is None else arguments))
     logging.basicConfig(format="dovetail: %(message)s", level=logging.WARNING)
     try:
         return int(options.command(options))
@@ -34,6 +34,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
+PLACE_ACTIONS = ("make", "explain", "-h", "--help")
+
+
+def _with_action(arguments: Sequence[str]) -> list[str]:
+    """`dovetail place TRACE …` is `dovetail place make TRACE …`."""
+    given = list(arguments)
+    if given[:1] == ["place"] and given[1:] and given[1] not in PLACE_ACTIONS:
+        return ["place", "make", *given[1:]]
+    return given
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
     parser = argparse.ArgumentParser(
@@ -45,6 +56,10 @@ def make_parser() -> argparse.ArgumentParser:
     _demo_parser(commands.add_parser("demo", help="write a small real checkpoint and prompts"))
     _run_parser(commands.add_parser("run", help="finish a file of prompts under a budget"))
     _calibrate_parser(commands.add_parser("calibrate", help="measure this machine"))
+    place = commands.add_parser("place", help="which device holds which expert, from traces")
+    place_actions = place.add_subparsers(title="actions", required=True, metavar="ACTION")
+    _place_make_parser(place_actions.add_parser("make", help="place; the action if none is named"))
+    _place_explain_parser(place_actions.add_parser("explain", help="what a placement does, drawn"))
     plan = commands.add_parser("plan", help="make, show and compare plans")
     actions = plan.add_subparsers(title="actions", required=True, metavar="ACTION")
     _make_parser(actions.add_parser("make", help="plan without running"))
@@ -137,6 +152,14 @@ def _make_parser(parser: argparse.ArgumentParser) -> None:
         help="plan for PROMPTSxLENGTH+NEW, a published workload such as mtbench+64, or a JSON "
         "file; a config.json is then enough of a CHECKPOINT",
     )
+    parser.add_argument(
+        "--routing",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="TRACE.npz",
+        help="experts that tokens chose in such prompts: a plan for a GPU places them by it",
+    )
     parser.add_argument("-o", "--out", type=Path, default=Path("plan.json"))
     # Without a value, so that the option beside a workload is seen and refused.
     parser.set_defaults(command=_plan_make, max_new_tokens=None)
@@ -220,6 +243,64 @@ def _plan_timeline(options: argparse.Namespace) -> int:
     from dovetail.plan_commands import timeline
 
     return timeline(options.plan, options.out, options.picture)
+
+
+def _place_make_parser(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "traces", type=Path, nargs="+", metavar="TRACE", help="routing traces or expert loads"
+    )
+    parser.add_argument("--devices", type=int, required=True, metavar="N")
+    parser.add_argument("--slots", type=int, metavar="N", help="of a layer, over all devices")
+    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="of as many devices each")
+    parser.add_argument("--policy", default="auto", metavar="NAME")
+    parser.add_argument("--knob", action="append", default=[], metavar="NAME=VALUE")
+    parser.add_argument("--current", type=Path, metavar="FILE", help="where experts are now")
+    parser.add_argument(
+        "--max-moves", type=int, metavar="N", help="most experts to copy from there"
+    )
+    parser.add_argument("--affinity", action="store_true", help="keep tokens on their device")
+    parser.add_argument("--link-cost", type=float, default=1.0, help="of a token to another node")
+    parser.add_argument(
+        "--node-cost", type=float, default=1.0, help="to another device of its node"
+    )
+    parser.add_argument(
+        "--expert-groups", type=int, default=1, metavar="N", help="kept on one node"
+    )
+    parser.add_argument("--expert-bytes", metavar="SIZE", help="one expert's weights")
+    parser.add_argument("--memory", metavar="SIZE", help="of each device, for experts")
+    parser.add_argument("--batch-tokens", type=int, metavar="N", help="minimise this step's time")
+    parser.add_argument("--read-seconds", type=float, metavar="S", help="to read one expert")
+    parser.add_argument("--token-seconds", type=float, metavar="S", help="of a token in an expert")
+    parser.add_argument("--top-k", type=int, metavar="K", help="experts of a token, for loads")
+    parser.add_argument("--split", default="files", help="scenarios: files, phase or parts")
+    parser.add_argument("--format", default="dovetail", help="or sglang, vllm, vllm-ascend")
+    parser.add_argument("-o", "--out", type=Path, default=Path("placement.json"))
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    parser.set_defaults(command=_place_make)
+
+
+def _place_make(options: argparse.Namespace) -> int:
+    from dovetail.place_commands import make
+
+    return make(options)
+
+
+def _place_explain_parser(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("placement", type=Path)
+    parser.add_argument(
+        "traces", type=Path, nargs="*", metavar="TRACE", help="routing traces or expert loads"
+    )
+    parser.add_argument("--current", type=Path, metavar="FILE", help="where experts were")
+    parser.add_argument("--split", default="files", help="scenarios: files, phase or parts")
+    parser.add_argument("-o", "--out", type=Path, metavar="PICTURE", help="PNG or SVG")
+    parser.add_argument("--json", action="store_true", help="print it as JSON")
+    parser.set_defaults(command=_place_explain)
+
+
+def _place_explain(options: argparse.Namespace) -> int:
+    from dovetail.place_commands import explain
+
+    return explain(options)
 
 
 if __name__ == "__main__":

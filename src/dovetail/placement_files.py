@@ -16,10 +16,21 @@ from pathlib import Path
 from typing import Any
 
 from dovetail.ir.errors import InputError
-from dovetail.ir.expert_placement import ExpertPlacement, load_placement, save_placement
+from dovetail.ir.expert_placement import (
+    ExpertPlacement,
+    LayerPlacement,
+    load_placement,
+    save_placement,
+)
 from dovetail.ir.expert_slots import Slots, contiguous
 
 FORMATS = ("dovetail", "sglang", "vllm", "vllm-ascend")
+
+
+def check_format(form: str) -> None:
+    """Raise InputError unless ``form`` is one of ours."""
+    if form not in FORMATS:
+        raise InputError(f"format {form!r}: expected one of {', '.join(FORMATS)}")
 
 
 def write_placement(
@@ -33,6 +44,7 @@ def write_placement(
 
     Raises InputError if the form cannot say it; OSError if the file cannot be written.
     """
+    check_format(form)
     if form == "dovetail":
         save_placement(placement, path)
         return
@@ -68,31 +80,24 @@ def _in_form(
             "many on each, which is all that it can say; use --format dovetail"
         )
     flat = [[e for row in layer.experts for e in row] for layer in placement.layers]
-    match form:
-        case "vllm":
-            return flat
-        case "vllm-ascend":
-            return {
-                "moe_layer_count": len(flat),
-                "layer_list": [
-                    {
-                        "layer_id": number,
-                        "device_count": placement.devices,
-                        "device_list": [
-                            {"device_id": device, "device_expert": list(row)}
-                            for device, row in enumerate(layer.experts)
-                        ],
-                    }
-                    for number, layer in enumerate(placement.layers)
-                ],
-            }
-        case "sglang":
-            trivial = contiguous(placement.experts, placement.slots)
-            rows = [[e for row in trivial for e in row] for _ in range(model_layers)]
-            for layer, row in zip(layers, flat, strict=True):
-                rows[layer] = row
-            return {"physical_to_logical_map": rows}
-    raise InputError(f"format {form!r}: expected one of {', '.join(FORMATS)}")
+    if form == "vllm":
+        return flat
+    if form == "vllm-ascend":
+        layer_list = [_ascend_layer(number, la) for number, la in enumerate(placement.layers)]
+        return {"moe_layer_count": len(flat), "layer_list": layer_list}
+    trivial = contiguous(placement.experts, placement.slots)
+    rows = [[e for row in trivial for e in row] for _ in range(model_layers)]
+    for layer, row in zip(layers, flat, strict=True):
+        rows[layer] = row
+    return {"physical_to_logical_map": rows}
+
+
+def _ascend_layer(number: int, layer: LayerPlacement) -> dict[str, object]:
+    devices = [
+        {"device_id": device, "device_expert": list(row)}
+        for device, row in enumerate(layer.experts)
+    ]
+    return {"layer_id": number, "device_count": len(devices), "device_list": devices}
 
 
 def read_slots(path: Path, devices: int, layers: Sequence[int]) -> tuple[Slots, ...]:
