@@ -74,6 +74,17 @@ class SlotSearch:
             self.held[row, device, expert] += 1
             self.load[row, :, device] += value
 
+    def adopt(self, slots: Ints) -> None:
+        """Start from ``slots[layer, device, slot]`` instead (``experts`` where open)."""
+        self.slots = slots.copy()
+        self.held = np.zeros((self.layers, len(self.capacity), self.experts + 1), np.int8)
+        layer, device, slot = np.nonzero(np.broadcast_to(self.exists, slots.shape))
+        np.add.at(self.held, (layer, device, slots[layer, device, slot]), 1)
+        held = self.held[:, :, : self.experts]
+        self.count = held.sum(1, dtype=np.int64)
+        self._revalue(np.arange(self.layers))
+        self.load = self.value[:, :, : self.experts] @ held.transpose(0, 2, 1)
+
     def worst(self) -> Floats:
         """The objective of every layer."""
         return np.asarray(self.load.max((1, 2)))

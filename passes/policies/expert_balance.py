@@ -145,17 +145,41 @@ def _balance_even(problem: PlacementProblem, knobs: Knobs) -> Draft:
     loads, capacity = mixed_loads(problem), capacity_of(problem)
     scale = np.maximum(loads.sum(1, keepdims=True), 1e-300) / problem.devices
     bound = even_bound(loads, capacity)
-    search = SlotSearch((loads / scale)[:, None], capacity)
-    search.run(bound / scale[:, 0], int(knobs["rounds"]), int(knobs["seed"]))
-    slots = np.where(search.slots == problem.experts, OPEN, search.slots)
+    slots, worst = _search_even(loads / scale, bound / scale[:, 0], capacity, knobs)
     low = bound.copy()
     if problem.experts * problem.devices <= _SMALL:
-        for number in np.flatnonzero(search.worst() * scale[:, 0] > bound * (1 + _EVEN)):
-            hint = held_by(slots[number], problem.experts)
-            exact = exact_even(loads[number][None], capacity, float(knobs["work"]), hint)
-            slots[number] = _slots_of(exact.value, capacity)
-            low[number] = max(low[number], (exact.bound or 1.0) * scale[number, 0])
+        for number in np.flatnonzero(worst * scale[:, 0] > bound * (1 + _EVEN)):
+            exact = exact_even(
+                loads[number][None], capacity, float(knobs["work"]), _once(slots[number], loads)
+            )
+            if exact.objective <= worst[number] * (1 + _EVEN):
+                slots[number] = _slots_of(exact.value, capacity)
+                low[number] = max(low[number], (exact.bound or 1.0) * scale[number, 0])
     return _even_draft(loads, slots, capacity, (), low)
+
+
+def _search_even(ratio: Floats, bound: Floats, capacity: Ints, knobs: Knobs) -> tuple[Ints, Floats]:
+    """Slots and worst ratio of every layer: the better of two starts, one of them EPLB's slots
+    where every device has as many (so that no layer is worse than EPLB's)."""
+    experts = ratio.shape[1]
+    searches = [SlotSearch(ratio[:, None], capacity)]
+    if len(set(capacity.tolist())) == 1:
+        published = eplb_slots(ratio, int(capacity.sum()), 1, 1, len(capacity))
+        searches.append(SlotSearch(ratio[:, None], capacity))
+        searches[1].adopt(published.reshape(searches[0].slots.shape))
+    for search in searches:
+        search.run(bound, int(knobs["rounds"]), int(knobs["seed"]))
+    worst = np.stack([search.worst() for search in searches])
+    every = np.stack([search.slots for search in searches])
+    best = worst.argmin(0)
+    slots = every[best, np.arange(len(ratio))]
+    return np.where(slots == experts, OPEN, slots), worst.min(0)
+
+
+def _once(slots: Ints, loads: Floats) -> Bools | None:
+    """Who holds what; None if a device holds an expert twice, which the exact model never does."""
+    held = held_by(slots, loads.shape[1])
+    return held if held.sum() == (slots != OPEN).sum() else None
 
 
 def _even_draft(
