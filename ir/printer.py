@@ -4,7 +4,7 @@ import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from dovetail.ir.expr import DIMS, Expr
-from dovetail.ir.moves import Move
+from dovetail.ir.moves import Move, Place
 from dovetail.ir.notation import instruction_text, move_text, ranges, table
 from dovetail.ir.plan import Candidate, Plan
 from dovetail.ir.program import Instruction, Loop, Program, Segment
@@ -199,6 +199,7 @@ def print_plan(plan: Plan) -> str:
         ("machine", f"{machine.name}, {machine.workers} workers"),
         ("budget", budget),
         ("workload", _workload(plan.workload)),
+        *(("routing", text) for text in _routing_lines(plan)),
         ("policy", f"{plan.policy}: {_knobs(plan.knobs)}"),
     ]
     if plan.tuning is not None:
@@ -218,6 +219,19 @@ def _workload(work: Workload) -> str:
         f"{work.prompts} prompts of {lengths} tokens ({work.prompt_tokens} together), "
         f"{work.new_tokens} new tokens each"
     )
+
+
+def _routing_lines(plan: Plan) -> Iterator[str]:
+    """For every trace, the share of its choices that fall on experts which a placement put in each
+    tier."""
+    for trace in plan.workload.routing:
+        every, found = sum(map(sum, trace.loads)), dict.fromkeys(("hbm", "ram"), 0)
+        for move in plan.moves:
+            if isinstance(move, Place) and move.which and move.tier in found:
+                found[move.tier] += sum(trace.loads[move.layers[0]][e] for e in move.which)
+        shares = [f"{count / every:.1%} in {tier}" for tier, count in found.items() if count]
+        where = f"expected hits {', '.join(shares)}" if shares else "no expert placed by it"
+        yield f"{trace.name} ({trace.digest[:12]}, {trace.tokens} tokens): {where}"
 
 
 def _knobs(knobs: Mapping[str, int | bool]) -> str:

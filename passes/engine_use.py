@@ -62,7 +62,8 @@ def engine_use(graph: TaskGraph, plan: Plan) -> tuple[EngineUse, ...]:
 
 
 def _gpu_use(layout: Layout, plan: Plan) -> tuple[EngineUse, ...]:
-    predictor = GpuPredictor(layout, GpuCosts(plan.machine, layout.graph.dtype))
+    costs = GpuCosts(plan.machine, layout.graph.dtype, plan.workload.routing)
+    predictor = GpuPredictor(layout, costs)
     busy: dict[str, float] = defaultdict(float)
     for phase in predictor.phases(plan.workload):
         for layer, count in predictor.kinds:

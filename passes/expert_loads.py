@@ -1,8 +1,9 @@
 """Expert loads: `routing, layer, tokens -> how many tokens each expert gets in a step`.
 
-Without a trace every expert is as likely as the others. With traces the layer's shares are the mean
-of theirs. In both cases tokens choose on their own, so the tokens of an expert are multinomial:
-``draws`` are such steps, the same ones each time they are asked for.
+Without a trace every expert is as likely as the others. With traces a layer's shares are the mean
+of theirs; experts that no placement names have those of a mean layer. In both cases tokens choose
+on their own, so the tokens of an expert are multinomial: ``draws`` are such steps, the same ones
+each time they are asked for.
 """
 
 from collections.abc import Sequence
@@ -29,6 +30,10 @@ class Load:
     rows: float
 
 
+ANY = -1
+"""Instead of a layer's number: the mean of all layers, for experts that nothing names."""
+
+
 class ExpertLoads:
     """How a workload's tokens are spread over experts."""
 
@@ -43,13 +48,30 @@ class ExpertLoads:
         return bool(self._routing)
 
     def shares(self, layer: int, experts: Experts) -> Floats:
-        """Share of a layer's choices that each expert gets, ``[experts]``, adding up to 1."""
+        """Share of a layer's choices that each expert gets, ``[experts]``, adding up to 1; of ANY
+        layer in an order of no meaning."""
         if not self._routing:
             return np.full(experts.count, 1 / experts.count)
         if layer not in self._shares:
-            loads = [np.array(r.loads[layer], dtype=np.float64) for r in self._routing]
-            self._shares[layer] = np.mean([load / load.sum() for load in loads], axis=0)
+            self._shares[layer] = self._any(experts) if layer == ANY else self._mean(layer)
         return self._shares[layer]
+
+    def _mean(self, layer: int) -> Floats:
+        loads = [np.array(r.loads[layer], dtype=np.float64) for r in self._routing]
+        mean: Floats = np.mean([load / load.sum() for load in loads], axis=0)
+        return mean
+
+    def _any(self, experts: Experts) -> Floats:
+        layers = [i for i, load in enumerate(self._routing[0].loads) if len(load) == experts.count]
+        profile: Floats = np.mean([np.sort(self._mean(layer)) for layer in layers], axis=0)
+        order = np.random.default_rng(0).permutation(len(profile))
+        return profile[order]
+
+    def hit(self, layer: int, experts: Experts, tokens: float) -> Floats:
+        """Share of the steps of ``tokens`` tokens in which each expert gets any, ``[experts]``."""
+        chosen = np.minimum(1.0, self.shares(layer, experts) * experts.top_k)
+        found: Floats = 1 - (1 - chosen) ** tokens
+        return found
 
     def of(
         self, layer: int, experts: Experts, which: Sequence[int] | None, tokens: float
@@ -70,15 +92,11 @@ class ExpertLoads:
             self._known[key] = tuple(_loads(np.sort(shares), experts.top_k, tokens))
         return self._known[key]
 
-    def served(self, layer: int, experts: Experts, which: Sequence[int]) -> float:
-        """Share of a layer's choices that fall on these experts: their expected hit rate."""
-        return float(self.shares(layer, experts)[list(which)].sum())
-
     def draws(self, layer: int, experts: Experts, tokens: int) -> NDArray[np.int64]:
         """Tokens of every expert in ``DRAWS`` steps, ``[draws, experts]``."""
-        generator = np.random.default_rng((layer, tokens))
+        generator = np.random.default_rng((layer + 1, tokens))
         shares = self.shares(layer, experts)
-        return generator.multinomial(tokens * experts.top_k, shares, size=DRAWS)
+        return generator.multinomial(tokens * experts.top_k, shares / shares.sum(), size=DRAWS)
 
 
 def _loads(shares: Floats, top_k: int, tokens: float) -> list[Load]:

@@ -20,6 +20,7 @@ from dovetail.passes.gpu_bound import gpu_bound
 from dovetail.passes.gpu_cost import GpuCosts
 from dovetail.passes.gpu_memory import HBM_SHARE, RAM_SHARE, tier_bytes
 from dovetail.passes.gpu_overlap import overlap
+from dovetail.passes.gpu_place import place
 from dovetail.passes.gpu_predict import GpuPredictor
 from dovetail.passes.policies.common import Knobs
 from dovetail.passes.policies.gpu import GPU_POLICIES, GpuPolicy, GpuSetting, ladders, moves, starts
@@ -48,7 +49,7 @@ def choose_gpu(
     setting = GpuSetting(
         graph, machine, int(budget["hbm"] * HBM_SHARE), int(budget["ram"] * RAM_SHARE), workload
     )
-    search = _Search(setting, GpuCosts(machine, graph.dtype))
+    search = _Search(setting, GpuCosts(machine, graph.dtype, workload.routing))
     names = list(GPU_POLICIES) if policy == "auto" else [policy]
     choices: list[Chosen] = []
     candidates: list[Candidate] = []
@@ -64,8 +65,10 @@ def choose_gpu(
     best = min(choices, key=lambda c: c.prediction.seconds)
     certificates: tuple[Certificate, ...] = ()
     if policy == "auto":
-        # A published policy keeps its own order; ours may take the solver's.
+        # A published policy keeps its own places and order; ours may take the solvers'.
+        best, placed = search.placed(best)
         best, certificates = search.overlapped(best)
+        certificates = (*placed, *certificates)
         chosen = (best.policy, dict(best.knobs))
         candidates = [
             replace(c, seconds=best.prediction.seconds) if (c.policy, c.knobs) == chosen else c
@@ -106,6 +109,19 @@ class _Search:
                 if choice is not None:
                     choices[knobs["seqs"]] = choice
         return list(choices.values())
+
+    def placed(self, choice: Chosen) -> tuple[Chosen, tuple[Certificate, ...]]:
+        """The choice with the placement solver's tiers where they make it faster, and what is
+        proved about them."""
+        found = place(self._setting, choice.moves)
+        if found is None:
+            return choice, ()
+        layout = apply_moves(self._setting.graph, found.moves)
+        prediction = GpuPredictor(layout, self._costs).predict(self._setting.workload)
+        if prediction.seconds < choice.prediction.seconds:
+            choice = replace(choice, moves=found.moves, prediction=prediction)
+        layout = apply_moves(self._setting.graph, choice.moves)
+        return choice, (found.certificate(layout),)
 
     def overlapped(self, choice: Chosen) -> tuple[Chosen, tuple[Certificate, ...]]:
         """The choice with the overlap solver's pipelines where they make it faster, and what is

@@ -105,7 +105,7 @@ class GpuExpertCosts:
         gpus, n = self.gpu.count, round(tokens)
         if gpus < 2 or n < 1:
             return 1.0
-        key = (layer if self.loads.traced else -1, id(experts), n)
+        key = (layer, id(experts), n)
         if key not in self._slowest:
             seconds = self._each(experts, self.loads.draws(layer, experts, n).astype(np.float64))
             shares = np.stack([seconds[:, g::gpus].sum(axis=1) for g in range(gpus)])
@@ -117,7 +117,7 @@ class GpuExpertCosts:
     ) -> Deal:
         """How experts are dealt to CPU and GPU in a step, as HybriMoE does (arXiv 2504.05897), when
         hbm holds ``held`` and the CPU may take ``most``; the mean of drawn steps."""
-        key = (layer if self.loads.traced else -1, id(experts), tuple(held), tokens, most)
+        key = (layer, id(experts), tuple(held), tokens, most)
         if key not in self._deals:
             draws = self.loads.draws(layer, experts, tokens)
             parts = [self._deal(experts, draw, frozenset(held), most) for draw in draws]

@@ -147,6 +147,8 @@ def _kinds_of_layers(layout: Layout) -> list[tuple[int, int]]:
             layout.graph.layers[layer],
             device.dense[layer],
             device.experts[layer],
+            # Experts that a placement names have the loads of their own layer.
+            layer if device.which[layer] or layout.ram_which[layer] else -1,
             layout.dense_resident[layer],
             layout.experts_resident[layer],
         )

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dovetail.ir.task_graph import ITEMSIZE, Experts
-from dovetail.passes.expert_loads import Load
+from dovetail.passes.expert_loads import ANY, Load
 from dovetail.passes.gpu_cost import Shape
 from dovetail.passes.loop_builder import After, Builder
 from dovetail.passes.loop_groups import Bundle
@@ -33,9 +33,9 @@ class Parts:
         cpu = round(experts.count * device.experts_cpu / 100)
         hbm = min(device.experts[b.layer], experts.count - cpu)
         counts = hbm, experts.count - hbm - cpu, cpu
-        which = device.which[b.layer]
-        if not which or not b.costs.loads.traced:
+        if loads_layer(b) == ANY:
             return cls(counts, None)
+        which = set(device.which[b.layer])
         shares = b.costs.loads.shares(b.layer, experts)
         by_load = sorted(range(experts.count), key=lambda e: (-shares[e], e))
         held = [e for e in by_load if e in which][:hbm]
@@ -48,8 +48,14 @@ class Parts:
         if self.ids is not None:
             return list(b.costs.loads.of(b.layer, experts, self.ids[part], tokens))
         share = self.counts[part] / experts.count
-        every = b.costs.loads.of(b.layer, experts, None, tokens)
+        every = b.costs.loads.of(loads_layer(b), experts, None, tokens)
         return _scaled(every, share) if share else []
+
+
+def loads_layer(b: Builder) -> int:
+    """The layer whose loads its experts have: its own where a placement names them."""
+    named = b.device.which[b.layer] or b.layout.ram_which[b.layer]
+    return b.layer if named and b.costs.loads.traced else ANY
 
 
 def _scaled(loads: Sequence[Load], factor: float) -> list[Load]:
@@ -95,7 +101,8 @@ def _streamed(
     b.pools["experts"] = max(1, slots * bundles // loads)
     size = count / bundles * experts.nbytes * b.sent
     reads = min(bundles, math.ceil(missing * bundles / count - 1e-9))
-    read = missing / reads * experts.nbytes * b.sent if reads else 0.0
+    # What the CPU computes of a load is read from disk too.
+    read = missing / reads * experts.nbytes if reads else 0.0
     names = []
     for i in range(bundles):
         from_disk = (i + 1) * reads // bundles > i * reads // bundles
@@ -108,9 +115,15 @@ def _streamed(
 
 
 def _in_ram(b: Builder, experts: Experts) -> float:
-    """Share of the layer's experts outside hbm that ram holds."""
+    """Share of the experts outside hbm that ram holds: of those that a step's tokens choose where a
+    placement names them, else of all."""
     outside = max(1, experts.count - b.device.experts[b.layer])
-    return min(1.0, b.layout.experts_resident[b.layer] / outside)
+    if loads_layer(b) == ANY:
+        return min(1.0, b.layout.experts_resident[b.layer] / outside)
+    hit = b.costs.loads.hit(b.layer, experts, b.work.tokens)
+    held, ram = set(b.device.which[b.layer]), b.layout.ram_which[b.layer]
+    wanted = sum(float(hit[e]) for e in range(experts.count) if e not in held)
+    return min(1.0, sum(float(hit[e]) for e in ram) / wanted) if wanted else 1.0
 
 
 def _accumulated(
@@ -124,7 +137,7 @@ def _accumulated(
     """Every expert once, over the tokens of all groups."""
     tokens, gpus, tile = b.work.tokens, b.costs.gpu.count, b.layout.expert_rows
     tail = b.costs.all_to_all(experts, tokens / gpus) + _tail_seconds(b, bundles)
-    slowest = b.costs.imbalance(b.layer, experts, tokens)
+    slowest = b.costs.imbalance(loads_layer(b), experts, tokens)
     held = _scaled(parts.loads(b, experts, 0, tokens), slowest / gpus)
     seconds = b.costs.expert_loads(experts, held, tile) + tail
     names = [b.op("experts_hbm", "gpu0", seconds, ready, "run:experts")]
@@ -159,7 +172,7 @@ def _per_group(
         pieces = math.ceil(shape.seqs * shape.q_len / tokens)
         on_gpu = [*parts.loads(b, experts, 0, tokens), *_scaled(
             parts.loads(b, experts, 1, tokens), b.sent)]  # fmt: skip
-        slowest = b.costs.imbalance(b.layer, experts, tokens)
+        slowest = b.costs.imbalance(loads_layer(b), experts, tokens)
         seconds = pieces * b.costs.expert_loads(experts, _scaled(on_gpu, slowest / gpus), 1 << 30)
         seconds += _tail_seconds(b, bundles) / len(bundles)
         needs = [(bundle.last, 0), *((copy, lead) for copy in copies)]
@@ -196,8 +209,9 @@ def _by_load(
     """Experts dealt to CPU and GPU in every step, by what routing gave them."""
     device, gpus = b.device, b.costs.gpu.count
     most = round(experts.count * device.experts_cpu / 100)
-    held = device.which[b.layer] or tuple(range(device.experts[b.layer]))
-    deal = b.costs.dealt(b.layer, experts, held, b.work.tokens, most)
+    layer = loads_layer(b)
+    held = tuple(range(device.experts[b.layer])) if layer == ANY else device.which[b.layer]
+    deal = b.costs.dealt(layer, experts, held, b.work.tokens, most)
     tail = b.costs.all_to_all(experts, b.work.tokens / gpus) + _tail_seconds(b, bundles)
     names = [b.op("experts_hbm", "gpu0", deal.held + tail, ready, "run:experts")]
     missing = 1 - _in_ram(b, experts)

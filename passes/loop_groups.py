@@ -127,7 +127,8 @@ def _gpu_attention(
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """All of a bundle on the GPU but ``share`` of its linear layers' columns; with two streams,
     decode attention on the second."""
-    less = share * times * b.costs.products(b.layout.graph.body(b.layer), group).gpu
+    body = b.layout.graph.body(b.layer)
+    less = share * times * b.costs.products(body, group).gpu if share else 0.0
     if b.layout.workers < 2 or shape.q_len > 1:
         seconds = times * (one.before + one.attention + one.after) - less
         first = b.op(f"attention_{name}", "gpu0", seconds, needs, "run:attention")

@@ -26,7 +26,8 @@ def predict(layout: Layout, machine: Machine, workload: Workload) -> Prediction:
     """Time and bytes of the workload, every sequence at its full length."""
     if layout.device is None:
         return Simulator(layout, machine, Costs(machine)).predict(workload)
-    return GpuPredictor(layout, GpuCosts(machine, layout.graph.dtype)).predict(workload)
+    costs = GpuCosts(machine, layout.graph.dtype, workload.routing)
+    return GpuPredictor(layout, costs).predict(workload)
 
 
 def least_time(
@@ -64,7 +65,8 @@ def verify_layout(
         program = lower(layout, budget)
         verify_program(program, layout.graph)
         return f"program on {', '.join(program.engines)}"
-    predictor = GpuPredictor(layout, GpuCosts(machine, layout.graph.dtype))
+    costs = GpuCosts(machine, layout.graph.dtype, workload.routing)
+    predictor = GpuPredictor(layout, costs)
     engines: dict[str, None] = {}
     for loop in predictor.loops(workload):
         check_problem(loop.problem)

@@ -49,6 +49,7 @@ from dovetail.solvers.tier_problem import (
 )
 
 __all__ = [
+    "SAME",
     "Item", "Placement", "TierProblem", "check", "divided_bound", "solve", "step_seconds",
 ]  # fmt: skip
 

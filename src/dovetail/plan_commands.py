@@ -28,6 +28,7 @@ def make(options: argparse.Namespace) -> int:
     from dovetail.machine_files import load_machine, machine_budget
     from dovetail.planning import Model, Request, plan_here
     from dovetail.run import ram_budget
+    from dovetail.workload_routing import with_routing
     from dovetail.workloads import check_context
 
     out: Path = options.out
@@ -41,6 +42,13 @@ def make(options: argparse.Namespace) -> int:
     model = Model.open(options.checkpoint, _note)
     if options.workload:
         check_context(workload, model.captured.graph.context)
+    if options.routing:
+        workload = with_routing(workload, options.routing, model.captured.graph)
+        if "hbm" not in budget:
+            _note(
+                "--routing changes plans for a GPU only: on the processor every expert that is not "
+                "in ram is read in every step, whichever it is"
+            )
     request = Request(
         checkpoint=str(options.checkpoint),
         budget=budget,

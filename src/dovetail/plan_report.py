@@ -110,7 +110,8 @@ def _panels(compared: Compared) -> Iterator[Panel]:
 
 def _gpu_steady(layout: Layout, plan: Plan) -> Steady:
     """A few layers in the middle of the step that takes most of the time."""
-    predictor = GpuPredictor(layout, GpuCosts(plan.machine, layout.graph.dtype))
+    costs = GpuCosts(plan.machine, layout.graph.dtype, plan.workload.routing)
+    predictor = GpuPredictor(layout, costs)
     spans = predictor.steady(plan.workload, STEADY_LAYERS).spans
     middle = STEADY_LAYERS // 2
     begin, end = (min(s.start for s in spans if s.step == i) for i in (middle, middle + 1))
