@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+from dovetail.ir.kernel_layer import LayerSpec
 from dovetail.ir.kernel_spec import (
     ActivateSpec,
     Activation,
@@ -86,3 +87,23 @@ KERNELS: dict[str, KernelSpec] = {
     "activate": ActivateSpec("moe_activate", 48, 2, block=32),
     "activate gpt-oss": ActivateSpec("moe_activate", 48, 2, GPT_OSS, block=64),
 }
+
+LAYERS: dict[str, LayerSpec] = {
+    "qwen3-like": LayerSpec(
+        "a", 8, 128, 64, 3, RouteSpec("moe_route", 8, 3, renormalise=True), "fp32"
+    ),
+    "deepseek-v3-like": LayerSpec(
+        "b", 16, 128, 64, 4,
+        RouteSpec("moe_route", 16, 4, "sigmoid", True, True, 4, 2, "top2", 2.5),
+        up=Weights("fp8", scale_k=64, scale_n=64), down=Weights("fp8", scale_k=64, scale_n=64),
+        shared=64,
+    ),
+    "gpt-oss-like": LayerSpec(
+        "c", 4, 96, 96, 2, RouteSpec("moe_route", 4, 2, renormalise=True), "fp16",
+        Weights(order="kn"), Weights(order="kn"), GPT_OSS, True,
+    ),
+    "qwen2-moe-like int8": LayerSpec(
+        "d", 6, 128, 128, 2, RouteSpec("moe_route", 6, 2), "fp16",
+        Weights("int8"), Weights("int4", scale_k=32), shared=64, shared_gate=True,
+    ),
+}  # fmt: skip

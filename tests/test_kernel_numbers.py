@@ -3,7 +3,7 @@
 import importlib.util
 
 import pytest
-from tests.kernel_cases import KERNELS
+from tests.kernel_cases import KERNELS, LAYERS
 
 from dovetail.codegen.gate.interpret import Job, edited, interpret
 from dovetail.codegen.gate.numbers import Case, Routing
@@ -57,6 +57,15 @@ def test_every_kernel_is_within_rounding_of_float64() -> None:
         for (name, case), verdict in zip(cases, verdicts, strict=True)
         if not verdict.right
     ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_whole_layers_are_within_rounding_of_float64() -> None:
+    both = Case(1, "random", 7), Case(21, "skewed", 7)
+    cases = [(name, case) for name in LAYERS for case in both]
+    verdicts = interpret([Job(LAYERS[name], case) for name, case in cases])
+    found = zip(cases, verdicts, strict=True)
+    wrong = [f"{name} on {case}: {verdict}" for (name, case), verdict in found if not verdict.right]
     assert not wrong, "\n".join(wrong)
 
 

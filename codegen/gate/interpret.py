@@ -15,17 +15,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dovetail.codegen.gate.layer_numbers import check_layer
 from dovetail.codegen.gate.numbers import Case, Verdict, check
+from dovetail.codegen.kernels.arch import ARCHS
+from dovetail.codegen.kernels.choose import choose_layer
 from dovetail.codegen.kernels.emit import emit_kernel
 from dovetail.ir import codec
+from dovetail.ir.kernel_layer import LayerSpec
 from dovetail.ir.kernel_spec import KernelSpec
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One kernel to run on one case, its text edited first if ``edits`` say so."""
+    """One kernel to run on one case, its text edited first if ``edits`` say so; or a whole layer,
+    on the kernels that are chosen for sm_90 and this many tokens."""
 
-    spec: KernelSpec
+    spec: KernelSpec | LayerSpec
     case: Case
     edits: tuple[tuple[str, str], ...] = ()
 
@@ -61,6 +66,7 @@ def interpret(jobs: Sequence[Job]) -> list[Verdict]:
 
 def edited(job: Job) -> str:
     """The job's kernel text after its edits; raises ValueError where an edit finds nothing."""
+    assert not isinstance(job.spec, LayerSpec), "edits are of one kernel"
     text = emit_kernel(job.spec)
     for old, new in job.edits:
         if old not in text:
@@ -100,6 +106,13 @@ def decode_bfloat16() -> None:
     builder.cast_impl = lambda self, tensor, to: rounded(tensor, to)
 
 
+def _run(job: Job, folder: Path) -> Verdict:
+    if isinstance(job.spec, LayerSpec):
+        kernels = choose_layer(job.spec, ARCHS["sm_90"], (1, job.case.tokens))
+        return check_layer(job.spec, [kernels], job.case, folder, "cpu")
+    return check(job.spec, job.case, folder, "cpu", edited(job))
+
+
 def main() -> None:
     """Read jobs from standard input, write verdicts to standard output."""
     import torch
@@ -108,7 +121,7 @@ def main() -> None:
     decode_bfloat16()
     jobs = codec.decode(json.loads(sys.stdin.read()), _Jobs).jobs
     with tempfile.TemporaryDirectory() as scratch:
-        verdicts = [check(job.spec, job.case, Path(scratch), "cpu", edited(job)) for job in jobs]
+        verdicts = [_run(job, Path(scratch)) for job in jobs]
     safe = [Verdict(1e30 if not v.error < 1e30 else v.error, v.note) for v in verdicts]
     print(json.dumps(codec.encode(_Verdicts(tuple(safe)))))
 

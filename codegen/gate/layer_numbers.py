@@ -1,0 +1,98 @@
+"""Run a whole layer's kernels, routing to sum, and compare with float64."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dovetail.codegen.gate import reference
+from dovetail.codegen.gate.numbers import Case, Verdict
+from dovetail.codegen.kernels.layer import LayerRunner, LayerWeights
+from dovetail.codegen.kernels.quantise import TORCH_DTYPES, pack, unpack
+from dovetail.ir.kernel_layer import LayerKernels, LayerSpec
+from dovetail.ir.kernel_spec import Weights
+
+_ROUNDING = {"bf16": 2.0**-8, "fp16": 2.0**-11, "fp32": 2.0**-21}
+_ROUNDINGS = 4
+"""Of the hidden rows, the slots' rows, the shared expert's and the sum."""
+
+
+def random_weights(layer: LayerSpec, device: str) -> LayerWeights:
+    """Random weights of the layer, packed as its spec says."""
+    dtype = TORCH_DTYPES[layer.x]
+    matrices: dict[str, Tensor | None] = {}
+    sizes = {"up": (2 * layer.inter, layer.hidden), "down": (layer.hidden, layer.inter)}
+    for name, (outputs, inputs) in sizes.items():
+        weights: Weights = getattr(layer, name)
+        matrix = torch.empty(layer.experts, outputs, inputs, dtype=dtype, device=device)
+        matrix.normal_(std=inputs**-0.5)
+        matrices[name], matrices[f"{name}_scale"] = pack(matrix, weights)
+        if layer.bias:
+            bias = torch.randn(layer.experts, outputs, device=device).to(dtype)
+            matrices[f"{name}_bias"] = bias
+    if layer.shared:
+        for name, shape in (
+            ("shared_up", (2 * layer.shared, layer.hidden)),
+            ("shared_down", (layer.hidden, layer.shared)),
+        ):
+            matrix = torch.randn(1, *shape, device=device) * shape[1] ** -0.5
+            plain = Weights(order=getattr(layer, name.removeprefix("shared_")).order)
+            matrices[name] = pack(matrix.to(dtype), plain)[0]
+    if layer.route.bias:
+        matrices["route_bias"] = torch.randn(layer.experts, device=device) / 4
+    return LayerWeights(**matrices)  # type: ignore[arg-type]
+
+
+def layer_reference(
+    layer: LayerSpec, x: Tensor, logits: Tensor, weights: LayerWeights, gate: Tensor | None
+) -> Tensor:
+    """y [tokens, hidden] in float64, the hidden rows rounded to the layer's dtype as kernels do."""
+    dtype = TORCH_DTYPES[layer.x]
+    ids, routed = reference.route(layer.route, logits.double(), weights.route_bias)
+    y = torch.zeros(x.shape, dtype=torch.float64, device=x.device)
+    for expert in range(layer.experts):
+        token, choice = (ids == expert).nonzero(as_tuple=True)
+        if not len(token):
+            continue
+        up, down = (_matrix(layer, weights, name, expert) for name in ("up", "down"))
+        h = x[token].double() @ up.T
+        if weights.up_bias is not None:
+            h = h + weights.up_bias[expert].double()
+        h = reference.activate(layer.activation, h).to(dtype).double()
+        out = h @ down.T
+        if weights.down_bias is not None:
+            out = out + weights.down_bias[expert].double()
+        y.index_add_(0, token, out * routed[token, choice].double()[:, None])
+    if weights.shared_up is not None and weights.shared_down is not None:
+        pair = (weights.shared_up, layer.up), (weights.shared_down, layer.down)
+        up, down = (unpack(w, None, Weights(order=kind.order))[0] for w, kind in pair)
+        h = reference.activate(layer.activation, x.double() @ up.T).to(dtype).double()
+        factor = 1.0 if gate is None else gate.double().sigmoid()[:, None]
+        y = y + h @ down.T * factor
+    return y
+
+
+def _matrix(layer: LayerSpec, weights: LayerWeights, name: str, expert: int) -> Tensor:
+    scale: Tensor | None = getattr(weights, f"{name}_scale")
+    one = slice(expert, expert + 1)
+    stored: Tensor = getattr(weights, name)[one]
+    return unpack(stored, None if scale is None else scale[one], getattr(layer, name))[0]
+
+
+def check_layer(
+    layer: LayerSpec, ladder: Sequence[LayerKernels], case: Case, folder: Path, device: str
+) -> Verdict:
+    """Run the layer on ``case.tokens`` random tokens; popularity of experts follows ``routing``."""
+    torch.manual_seed(case.seed)
+    weights = random_weights(layer, device)
+    runner = LayerRunner(layer, ladder, case.tokens, device, folder)
+    x = torch.randn(case.tokens, layer.hidden, device=device).to(TORCH_DTYPES[layer.x])
+    logits = torch.randn(case.tokens, layer.experts, device=device)
+    if case.routing == "skewed":
+        logits = logits - 3 * torch.arange(layer.experts, device=device).log1p()
+    gate = torch.randn(case.tokens, device=device) if layer.shared_gate else None
+    found = runner.forward(x, logits, weights, gate).double()
+    expected = layer_reference(layer, x, logits, weights, gate)
+    allowed = _ROUNDINGS * _ROUNDING[layer.x] * expected.abs().max()
+    return Verdict(float((found - expected).abs().max() / allowed))
