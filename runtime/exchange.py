@@ -23,7 +23,8 @@ class Traffic:
 
 
 class Exchange:
-    """All-to-alls of one process group; every rank calls them in the same order."""
+    """All-to-alls of one process group; every rank calls them in the same order. Rows go through
+    memory of ``device``: the processor's for gloo, the GPU's for NCCL."""
 
     def __init__(self, device: torch.device, group: dist.ProcessGroup | None = None) -> None:
         self._group, self._device = group, device
@@ -32,7 +33,7 @@ class Exchange:
 
     def counts(self, told: Sequence[Sequence[int]]) -> list[list[int]]:
         """Tell every rank some numbers, ``told[rank]``, and learn what it tells."""
-        sent = torch.tensor(told, dtype=torch.int64, device=self._device)
+        sent = torch.tensor(told, device=self._device)
         found = torch.empty_like(sent)
         dist.all_to_all_single(found, sent, group=self._group)
         self.traffic.add("headers", sent[0].nbytes * (self.ranks - 1))
@@ -50,7 +51,7 @@ class Exchange:
         whole = torch.empty(sum(map(sum, sizes)), dtype=torch.uint8, device=self._device)
         dist.all_to_all_single(
             whole,
-            torch.cat(each),
+            torch.cat(each).to(self._device),
             [sum(size) for size in sizes],
             [len(part) for part in each],
             group=self._group,
@@ -58,7 +59,7 @@ class Exchange:
         for kind, parts in sent.items():
             others = [part.numel() for rank, part in enumerate(parts) if rank != self.rank]
             self.traffic.add(kind, sum(others))
-        pieces = iter(torch.split(whole, [n for size in sizes for n in size]))
+        pieces = iter(torch.split(whole.cpu(), [n for size in sizes for n in size]))
         found: dict[str, list[Tensor]] = {kind: [] for kind in sent}
         for _ in range(self.ranks):
             for kind in sent:

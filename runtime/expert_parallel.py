@@ -54,8 +54,9 @@ Way = Literal["two", "one"]
 class ExpertParallel:
     """One rank; all of them call ``run_step`` with the same steps in the same order.
 
-    ``choose`` turns logits ``[n, vocab]`` into tokens ``[n]``. Raises PlanError if the placement
-    does not fit the model and the ranks.
+    ``choose`` turns logits ``[n, vocab]`` into tokens ``[n]``. ``on_chosen``, if set, is told the
+    layer, prompts, positions ``[n]`` and experts ``[n, top_k]`` of the tokens that are here. Raises
+    PlanError if the placement does not fit the model and the ranks.
     """
 
     constants: Mapping[str, Tensor]
@@ -88,6 +89,7 @@ class ExpertParallel:
         self._exchanges = ExpertExchange(
             exchange, self._sums, settings.expert_rows, settings.buckets
         )
+        self.on_chosen: Callable[[int, Ints, Ints, Tensor], None] | None = None
         self._parts: list[Part] = []
         self._shared: dict[int, dict[str, Tensor]] = {}
         self._gathered: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
@@ -210,6 +212,8 @@ class ExpertParallel:
         )
         x, index, weight = (torch.cat(each) for each in zip(none, *taken, strict=True))
         numbers = np.concatenate([np.zeros(0, np.int64), *(p.numbers for p in self._parts)])
+        if self.on_chosen is not None:
+            self.on_chosen(layer, tokens.prompt[numbers], tokens.position[numbers], index)
         serving = self._dispatch.serving(
             self.weights.columns[layer],
             index.numpy(),

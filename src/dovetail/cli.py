@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
-PLACE_ACTIONS = ("make", "explain", "-h", "--help")
+PLACE_ACTIONS = ("make", "run", "explain", "-h", "--help")
 
 
 def _with_action(arguments: Sequence[str]) -> list[str]:
@@ -59,6 +59,7 @@ def make_parser() -> argparse.ArgumentParser:
     place = commands.add_parser("place", help="which device holds which expert, from traces")
     place_actions = place.add_subparsers(title="actions", required=True, metavar="ACTION")
     _place_make_parser(place_actions.add_parser("make", help="place; the action if none is named"))
+    _place_run_parser(place_actions.add_parser("run", help="generate under it, a process a device"))
     _place_explain_parser(place_actions.add_parser("explain", help="what a placement does, drawn"))
     plan = commands.add_parser("plan", help="make, show and compare plans")
     actions = plan.add_subparsers(title="actions", required=True, metavar="ACTION")
@@ -186,13 +187,14 @@ def _plan_show(options: argparse.Namespace) -> int:
 
 def _check_parser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("plan", type=Path)
+    parser.add_argument("--here", action="store_true", help="and how far this machine is from it")
     parser.set_defaults(command=_plan_check)
 
 
 def _plan_check(options: argparse.Namespace) -> int:
     from dovetail.plan_commands import check
 
-    return check(options.plan)
+    return check(options.plan, here=options.here)
 
 
 def _diff_parser(parser: argparse.ArgumentParser) -> None:
@@ -283,6 +285,25 @@ def _place_make(options: argparse.Namespace) -> int:
     from dovetail.place_commands import make
 
     return make(options)
+
+
+def _place_run_parser(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a model folder")
+    parser.add_argument("--placement", type=Path, required=True, metavar="PLACEMENT.json")
+    parser.add_argument("--prompts", type=Path, required=True, metavar="IN.jsonl")
+    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
+    parser.add_argument("--way", default="two", help="two or one all-to-alls a layer")
+    parser.add_argument("--ignore-eos", action="store_true", help="always generate N tokens")
+    parser.add_argument("--skip-bad", action="store_true", help="leave bad prompt lines out")
+    parser.add_argument("-o", "--out", type=Path, metavar="OUT.jsonl")
+    parser.add_argument("--json", action="store_true", help="print the account as JSON")
+    parser.set_defaults(command=_place_run)
+
+
+def _place_run(options: argparse.Namespace) -> int:
+    from dovetail.place_run import run
+
+    return run(options)
 
 
 def _place_explain_parser(parser: argparse.ArgumentParser) -> None:

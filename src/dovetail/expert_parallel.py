@@ -30,6 +30,7 @@ from dovetail.passes.apply_moves import apply_moves
 from dovetail.passes.lower import lower
 from dovetail.passes.policies import eager
 from dovetail.passes.policies.common import Setting
+from dovetail.rank_routing import RankRouting
 
 ANY_MACHINE = "laptop-16gb"
 """The program's order of segments is the same for all machines; one has to be named."""
@@ -50,6 +51,10 @@ class Job:
     way: str = "two"
     seqs: int = 0
     """Sequences in flight at once; 0: all."""
+    stop: tuple[int, ...] = ()
+    """Tokens that end a sequence."""
+    routing: str = ""
+    """Where to write what tokens chose, if not "": ``<routing>.<rank>.npz``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +87,8 @@ def run_rank(job: Job) -> RankResult:
     captured, placement = load_captured(Path(job.captured)), load_placement(Path(job.placement))
     workload = Workload.of([len(prompt) for prompt in job.prompts], job.new_tokens)
     program = expert_program(captured.graph, workload, job.seqs or len(job.prompts))
-    exchange = Exchange(torch.device("cpu"))
+    nccl = torch.distributed.get_backend() == "nccl"
+    exchange = Exchange(torch.device("cuda" if nccl else "cpu"))
     rank = ExpertParallel(
         captured.graph,
         program,
@@ -94,14 +100,24 @@ def run_rank(job: Job) -> RankResult:
         "one" if job.way == "one" else "two",
     )
     made: list[list[int]] = [[] for _ in job.prompts]
-    requests = [Request(i, len(p), job.new_tokens) for i, p in enumerate(job.prompts)]
+    routing = RankRouting(tuple(len(prompt) for prompt in job.prompts))
+    if job.routing:
+        rank.on_chosen = routing.add
+    context = captured.graph.context
+    requests = [
+        Request(i, len(p), min(job.new_tokens, context - len(p))) for i, p in enumerate(job.prompts)
+    ]
     batcher, steps = Batcher(requests, program.settings.admission), 0
     while (step := batcher.next_step()) is not None:
         found = rank.run_step(step, lambda group: _inputs(group, job.prompts, made))
         for index, token in zip(step.receivers, found, strict=True):
             made[index].append(token)
-        batcher.advance(step)
+        stopped = [i for i, t in zip(step.receivers, found, strict=True) if t in job.stop]
+        batcher.advance(step, stopped)
         steps += 1
+        routing.step = steps
+    if job.routing:
+        routing.save(Path(f"{job.routing}.{exchange.rank}.npz"))
     traffic = exchange.traffic
     return RankResult(tuple(map(tuple, made)), traffic.sent, traffic.exchanges, steps)
 

@@ -69,7 +69,7 @@ def _figure(report: PlacementReport) -> Figure:
             axes[number], (balance.before, balance.after), (report.before, "after"), strict=False
         ):
             key = "after" if name == "after" else "before"
-            _map(axis, loads, scale)
+            _map(axis, loads, scale, report.layers)
             axis.set_title(
                 f"{balance.scenario}, {name}: balance {data[key]['mean']:.3f}, "
                 f"worst {data[key]['worst']:.3f}",
@@ -83,13 +83,18 @@ def _figure(report: PlacementReport) -> Figure:
     return figure
 
 
-def _map(axis: Axes, loads: Floats, scale: TwoSlopeNorm) -> None:
+def _map(axis: Axes, loads: Floats, scale: TwoSlopeNorm, layers: tuple[int, ...]) -> None:
     """Layers downwards, devices to the right."""
     axis.imshow(loads, aspect="auto", interpolation="nearest", cmap=COLOURS, norm=scale)
     axis.set_xlabel("device")
     axis.set_ylabel("layer")
-    for setter, count in ((axis.set_xticks, loads.shape[1]), (axis.set_yticks, loads.shape[0])):
-        setter(list(range(0, count, max(1, -(-count // TICKS)))))
+    axis.set_xticks(_ticks(loads.shape[1]))
+    rows = _ticks(len(layers))
+    axis.set_yticks(rows, [str(layers[row]) for row in rows])
+
+
+def _ticks(count: int) -> list[int]:
+    return list(range(0, count, max(1, -(-count // TICKS))))
 
 
 def _moves(axis: Axes, report: PlacementReport) -> None:

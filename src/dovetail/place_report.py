@@ -83,6 +83,8 @@ class PlacementReport:
     before: str
     crossed: Mapping[str, tuple[float, float]]
     binds: tuple[Binds, ...]
+    layers: tuple[int, ...]
+    """The layers' numbers in the model."""
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON data."""
@@ -159,6 +161,7 @@ def report(
         "in order" if current is None else "before, replicas split evenly",
         _crossed(placement, before, files),
         _binding(placement, files, balances),
+        files[0].layers if files else tuple(range(len(placement.layers))),
     )
 
 
@@ -245,6 +248,15 @@ def _binding(
         bound = load * bounds[number] if number in bounds else None
         replicas = len(layer.homes(expert))
         found.append(
-            Binds(number, name, device, load, bound, expert, float(tokens[expert]), replicas)
+            Binds(
+                files[worst].layers[number],
+                name,
+                device,
+                load,
+                bound,
+                expert,
+                float(tokens[expert]),
+                replicas,
+            )
         )
     return tuple(sorted(found, key=lambda each: -each.load)[:LISTED])
