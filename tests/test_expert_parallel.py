@@ -125,34 +125,42 @@ ROWS = ExpertRows(dispatch=100, combine=80, move=60)
 WAYS: list[Way] = ["two", "one"]
 
 
-@pytest.mark.parametrize(("ranks", "top_k"), [(2, 4), (4, 1)])
-def test_tokens_equal_and_bytes_as_predicted(tmp_path: Path, ranks: int, top_k: int) -> None:
-    """Random placements with uneven replicas; one expert a token, as ExFlow's, and several."""
-    tiny = save_tiny(tiny_model("olmoe", num_experts_per_tok=top_k), tmp_path / "model")
-    placement = placed(4, ranks, seed=ranks)
-    jobs = [job_of(tiny, tmp_path / way, placement, way) for way in WAYS]
-    found = run_ranks(jobs, ranks)
-    traffic = check(tiny, placement, WAYS, found, top_k)
-    two, one = (results[0].exchanges for results in found)
+@pytest.fixture(scope="module")
+def olmoe(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    """Four experts a token."""
+    return save_tiny(tiny_model("olmoe"), tmp_path_factory.mktemp("olmoe"))
+
+
+def test_two_processes_equal_one_and_move_the_bytes_predicted(olmoe: Tiny, tmp_path: Path) -> None:
+    """Random placements with uneven replicas. Of the second model the first layer is dense and
+    others have shared experts and latent attention; its sequences run one at a time, so that one
+    process has none."""
+    deepseek = save_tiny(tiny_model("deepseek_v2"), tmp_path / "model")
+    placement, other = placed(4, 2, seed=2), placed(3, 2, seed=1)
+    jobs = [job_of(olmoe, tmp_path / way, placement, way) for way in WAYS]
+    jobs += [job_of(deepseek, tmp_path / f"d{way}", other, way, seqs=1) for way in WAYS]
+    found = run_ranks(jobs, 2)
+    check(olmoe, placement, WAYS, found[:2], top_k=4)
+    two, one = (results[0].exchanges for results in found[:2])
     assert two["dispatch"] == two["combine"] == 4 * NEW, "two all-to-alls a layer and step"
-    assert one["dispatch"] == 4 * NEW
-    # Prompts come home; of one expert a token decoding needs no second exchange.
-    assert one["combine"] == (4 if top_k == 1 else 4 * NEW)
+    assert one["dispatch"] == one["combine"] == 4 * NEW, "sums of several experts come together"
+    expected = transformers_tokens(deepseek.model, PROMPTS, NEW)
+    for result in (each for results in found[2:] for each in results):
+        assert list(result.tokens) == expected
+        assert result.steps == len(PROMPTS) * NEW
+
+
+def test_four_processes_with_one_expert_a_token_need_one_exchange(tmp_path: Path) -> None:
+    """As in ExFlow: what decodes does not come back."""
+    tiny = save_tiny(tiny_model("olmoe", num_experts_per_tok=1), tmp_path / "model")
+    placement = placed(4, 4, seed=4)
+    jobs = [job_of(tiny, tmp_path / way, placement, way) for way in WAYS]
+    found = run_ranks(jobs, 4)
+    traffic = check(tiny, placement, WAYS, found, top_k=1)
+    one = found[1][0].exchanges
+    assert one["dispatch"] == 4 * NEW and one["combine"] == 4, "prompts' sums alone come back"
     assert 0 < traffic["two"].crossed < 1
-    assert "move" in traffic["one"].sent and sum(traffic["one"].sent["move"]) > 0
-
-
-def test_layers_without_experts_and_waves(tmp_path: Path) -> None:
-    """DeepSeek-V2: a dense first layer, shared experts, latent attention; one sequence at a time,
-    so that a rank has none."""
-    tiny = save_tiny(tiny_model("deepseek_v2"), tmp_path / "model")
-    placement = placed(3, 2, seed=1)
-    jobs = [job_of(tiny, tmp_path / way, placement, way, seqs=1) for way in WAYS]
-    expected = transformers_tokens(tiny.model, PROMPTS, NEW)
-    for results in run_ranks(jobs, 2):
-        for result in results:
-            assert list(result.tokens) == expected
-            assert result.steps == len(PROMPTS) * NEW
+    assert sum(traffic["one"].sent["move"]) > 0
 
 
 def test_the_command_runs_and_holds_bytes_against_the_prediction(
@@ -184,20 +192,18 @@ def test_the_command_runs_and_holds_bytes_against_the_prediction(
     ],
 )
 def test_the_command_refuses(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: str, said: str
+    olmoe: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: str, said: str
 ) -> None:
-    tiny = save_tiny(tiny_model("olmoe"), tmp_path / "model")
     save_placement(placed(3, 2, seed=5), tmp_path / "placement.json")
     (tmp_path / "in.jsonl").write_text('{"input_ids": [5]}\n', encoding="utf-8")
-    command = f"place run {tiny.folder} --placement {tmp_path}/placement.json {words}"
+    command = f"place run {olmoe.folder} --placement {tmp_path}/placement.json {words}"
     assert main([*command.split(), "--prompts", f"{tmp_path}/in.jsonl"]) == 1
     assert said in capsys.readouterr().err
 
 
-def test_run_ranks_refuses_a_placement_of_another_shape(tmp_path: Path) -> None:
+def test_run_ranks_refuses_a_placement_of_another_shape(olmoe: Tiny, tmp_path: Path) -> None:
     """What one process says ends them all."""
-    tiny = save_tiny(tiny_model("olmoe"), tmp_path / "model")
-    job = job_of(tiny, tmp_path / "job", placed(4, 4, seed=0), "two")
+    job = job_of(olmoe, tmp_path, placed(4, 4, seed=0), "two")
     said = r"process 0 of 1 .*the placement is for 4 layers of 16 experts on 4 devices; found"
     with pytest.raises(DovetailError, match=said):
         run_ranks([job], 1)
@@ -231,7 +237,7 @@ def test_home_is_where_most_experts_are() -> None:
     assert visited(serving, 3).sum(axis=1).tolist() == [2, 3, 3, 1, 2]
 
 
-def test_affinity_lowers_the_traffic_of_one_way(tmp_path: Path) -> None:
+def test_affinity_lowers_the_traffic_of_one_way() -> None:
     """Tokens that keep their group of experts: groups on one device move nothing but once."""
     generator = np.random.default_rng(0)
     group = generator.integers(0, 4, 200)
