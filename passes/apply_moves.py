@@ -316,6 +316,11 @@ def _check(layout: Layout) -> None:
                 "a barrier after every group leaves no experts to run over all groups at once: "
                 "leave out reorder(experts, barrier) or accumulate(experts, tokens)"
             )
+        if layout.paged and layout.device.by_load:
+            raise VerifyError(
+                "pages of experts are copied a layer ahead, but experts are assigned by load only "
+                "once routing is known: leave out reorder(experts, paged) or by load"
+            )
         if layout.barrier and (layout.device.experts_cpu or layout.device.linears_cpu):
             raise VerifyError(
                 "a barrier after every group with experts or linears on the cpu: FlexGen's "

@@ -139,6 +139,11 @@ class GpuPredictor:
 
 def _kinds_of_layers(layout: Layout) -> list[tuple[int, int]]:
     """(a layer, how many layers are like it)."""
+    return [(layers[0], len(layers)) for layers in alike_layers(layout)]
+
+
+def alike_layers(layout: Layout) -> list[list[int]]:
+    """The layers, those that are placed alike together."""
     device = layout.device
     assert device is not None
     found: dict[tuple[object, ...], list[int]] = {}
@@ -153,4 +158,4 @@ def _kinds_of_layers(layout: Layout) -> list[tuple[int, int]]:
             layout.experts_resident[layer],
         )
         found.setdefault(key, []).append(layer)
-    return [(layers[0], len(layers)) for layers in found.values()]
+    return list(found.values())

@@ -144,10 +144,10 @@ def _interleaved(items: list[tuple[str, int]]) -> list[tuple[str, int]]:
     pages = [(name, 1) for name, _ in items if name.startswith(("copy_dense", "copy_experts"))]
     others = [item for item in items if (item[0], 1) not in pages]
     merged: list[tuple[str, int]] = []
-    for i, item in enumerate(others or [("", 0)]):
-        merged += pages[
-            len(pages) * i // max(1, len(others)) : len(pages) * (i + 1) // max(1, len(others))
-        ]
-        if item[0]:
-            merged.append(item)
+    if not others:
+        return pages
+    for i, item in enumerate(others):
+        # A group's hidden states are waited for now, the page behind them in the next layer.
+        merged.append(item)
+        merged += pages[len(pages) * i // len(others) : len(pages) * (i + 1) // len(others)]
     return merged

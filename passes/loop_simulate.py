@@ -44,6 +44,17 @@ def timeline(loop: Loop, iterations: int) -> Timeline:
     return Timeline("predicted", tuple(run.spans()))
 
 
+def held(loop: Loop, iterations: int, iteration: int) -> dict[str, list[tuple[float, float]]]:
+    """For every pool, from when to when each unit that ``iteration`` takes is held, in seconds of a
+    run of ``iterations`` layers."""
+    run = _Run(loop, iterations)
+    run.finish()
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in loop.problem.pools}
+    for hold in loop.problem.holds:
+        found[hold.pool] += [run.interval(hold, iteration)] * hold.units
+    return {pool: sorted(spans) for pool, spans in found.items() if spans}
+
+
 class _Run:
     """The state of one simulation, in ticks."""
 
@@ -134,6 +145,13 @@ class _Run:
                 return None
             latest = max(latest, end)
         return latest
+
+    def interval(self, hold: Hold, iteration: int) -> tuple[float, float]:
+        """From when to when a unit is held, in seconds."""
+        start = self._start[hold.first, iteration]
+        end = self._release(hold, iteration)
+        assert end is not None
+        return start * TICK, max(end, start) * TICK
 
     def end_of(self, iteration: int) -> int:
         """When the last operation of an iteration on the GPU ends."""

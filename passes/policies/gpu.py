@@ -260,11 +260,16 @@ def moves(setting: GpuSetting, knobs: Knobs) -> tuple[Move, ...] | None:
     rows = seqs if knobs["one_batch"] else min(int(knobs["rows"]), seqs)
     kv_hbm, attention_cpu = int(knobs["kv_hbm"]), int(knobs["attention_cpu"])
     beside = knobs["experts_cpu"] or knobs["linears_cpu"]
-    if kv_hbm + attention_cpu > 100 or (knobs["barrier"] and beside):
+    # Pages are copied ahead of the router, what is dealt by load after it.
+    early = knobs["paged"] and knobs["experts_cpu"] and knobs["by_load"]
+    if kv_hbm + attention_cpu > 100 or (knobs["barrier"] and beside) or early:
+        return None
+    if knobs["by_load"] and knobs["linears_cpu"]:
+        # Experts that are dealt out in every step are the CPU's as a whole or not at all.
         return None
     longest = setting.workload.longest
     prefill = max(longest, min(int(knobs["prefill_tokens"]), seqs * longest))
-    chunk, slots = _buffers(setting, knobs)
+    chunk, slots = buffers(setting, knobs)
     fixed: list[Move] = [
         Assign("all", "gpu", 100),
         Dispatch(
@@ -303,7 +308,8 @@ def moves(setting: GpuSetting, knobs: Knobs) -> tuple[Move, ...] | None:
     return _fill(setting, fixed, knobs)
 
 
-def _buffers(setting: GpuSetting, knobs: Knobs) -> tuple[int, int]:
+def buffers(setting: GpuSetting, knobs: Knobs) -> tuple[int, int]:
+    """Experts in a load, and loads that have a buffer."""
     chunk, slots = int(knobs["chunk"]), int(knobs["slots"])
     if layers := int(knobs["layers"]):
         # Runtimes that stream whole layers keep the current one, and the next if they prefetch.

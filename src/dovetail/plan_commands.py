@@ -9,12 +9,17 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dovetail.ir.errors import DovetailError, InputError, OutputError
 from dovetail.ir.plan import load_plan, save_plan
 from dovetail.ir.workload import Workload
 from dovetail.plan_check import PlanCheck, load_graph
 from dovetail.plan_diff import diff_text
+
+if TYPE_CHECKING:
+    from dovetail.ir.plan import Plan
+    from dovetail.passes.apply_moves import Layout
 
 NEW_TOKENS = 64
 """New tokens of every prompt where neither a workload nor an option says how many."""
@@ -109,8 +114,9 @@ def show(path: Path, *, graph: bool, program: bool) -> int:
     return 0
 
 
-def check(path: Path) -> int:
-    """Verify a plan without a solver; a line per check. Returns 1 if one of them fails."""
+def check(path: Path, *, here: bool = False) -> int:
+    """Verify a plan without a solver; a line per check. With ``here`` also say how far this machine
+    is from the plan's. Returns 1 if a check fails or the plan is not to be used as it is."""
     checks = PlanCheck(path)
     for name, run in checks.all():
         try:
@@ -119,6 +125,13 @@ def check(path: Path) -> int:
             print(f"failed   {name:<8} {error}")
             return 1
         print(f"{'skipped' if found.skipped else 'ok':<8} {name:<8} {found.text}")
+    if here:
+        from dovetail.staleness import Grade, plan_staleness
+
+        staleness = plan_staleness(checks.plan)
+        fresh = staleness.grade in (Grade.SAME, Grade.NEAR)
+        print(f"{'ok' if fresh else 'stale':<8} {'here':<8} {staleness.message('it')}")
+        return 0 if fresh else 1
     return 0
 
 
@@ -137,6 +150,8 @@ def timeline(path: Path, out: Path, picture: Path | None) -> int:
 
     plan = load_plan(path)
     layout = apply_moves(load_graph(path, plan), plan.moves)
+    if layout.device is not None:
+        return _gpu_timeline(plan, layout, out, picture)
     compared = compare(plan, layout, path.parent, _note)
     timelines = compared.timelines()
     write_trace(out, timelines)
@@ -147,6 +162,20 @@ def timeline(path: Path, out: Path, picture: Path | None) -> int:
 
         draw(compared, picture, _note)
         print(f"picture of one layer: {picture}")
+    return 0
+
+
+def _gpu_timeline(plan: "Plan", layout: "Layout", out: Path, picture: Path | None) -> int:
+    """The timeline of a plan for a GPU, which nothing has run yet: predicted alone."""
+    from dovetail.timeline_file import write_trace
+    from dovetail.timeline_gpu import gpu_panels, gpu_timeline
+    from dovetail.timeline_picture import save_panels
+
+    write_trace(out, [gpu_timeline(plan, layout)])
+    print(f"timeline, predicted: {out} (opens at ui.perfetto.dev)")
+    if picture:
+        save_panels(gpu_panels(plan, layout), {}, plan, picture)
+        print(f"picture of first layers, steady state and last layers: {picture}")
     return 0
 
 

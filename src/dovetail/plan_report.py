@@ -4,15 +4,14 @@
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dovetail.ir.errors import OutputError
 from dovetail.ir.plan import Plan
 from dovetail.ir.task_graph import TaskGraph
-from dovetail.ir.timeline import Span
 from dovetail.passes.apply_moves import Layout, apply_moves
 from dovetail.passes.engine_use import EngineUse, engine_use
 from dovetail.passes.gpu_cost import GpuCosts
@@ -22,6 +21,7 @@ from dovetail.passes.replay import buffers_held
 from dovetail.passes.sensitivity import Effect, Note, curve, resources
 from dovetail.plan_explain import Explanation, explain
 from dovetail.timeline_file import REPORT_FILE, Compared, compare
+from dovetail.timeline_gpu import gpu_rings, window
 from dovetail.timeline_panel import Panel, segment_classes
 
 FACTORS = (0.5, 0.75, 1.5, 2.0)
@@ -115,15 +115,9 @@ def _gpu_steady(layout: Layout, plan: Plan) -> Steady:
     spans = predictor.steady(plan.workload, STEADY_LAYERS).spans
     middle = STEADY_LAYERS // 2
     begin, end = (min(s.start for s in spans if s.step == i) for i in (middle, middle + 1))
-    panel = Panel("predicted", middle, -1, end - begin, tuple(_window(spans, begin, end)))
-    return Steady((panel,), {}, {}, {}, panel.seconds)
-
-
-def _window(spans: Iterable[Span], begin: float, end: float) -> Iterator[Span]:
-    for span in spans:
-        if span.start < end and span.end > begin:
-            start, stop = max(span.start, begin) - begin, min(span.end, end) - begin
-            yield replace(span, start=start, end=stop)
+    panel = Panel("predicted", middle, -1, end - begin, tuple(window(spans, begin, end)))
+    held, rings = gpu_rings(predictor, plan.workload)
+    return Steady((panel,), {}, held, rings, panel.seconds)
 
 
 def tiers(plan: Plan) -> dict[str, Mapping[str, int]]:

@@ -104,11 +104,7 @@ def fill(look: str) -> str:
 
 
 def _class(span: Span, classes: Mapping[str, str]) -> str:
-    if span.kind == "copy":
-        return f"copy {span.name}" if f"copy {span.name}" in LOOKS else "copy kv"
-    # On a machine with a GPU a span is called by its class.
-    called = span.name.removeprefix("cpu_")
-    found = called if span.kind == "run" and called in LOOKS else span_class(span, classes)
+    found = span_class(span, classes)
     return found if found in LOOKS else "layer"
 
 
@@ -229,9 +225,10 @@ def rings(
     held: Mapping[str, Sequence[tuple[float, float]]],
     sizes: Mapping[str, tuple[int, int]],
     period: float,
+    began: str = "step",
 ) -> Figure:
-    """How many bytes of every ring are in use during a step in steady state; ``held`` has from when
-    to when each load of the step keeps its buffer, ``sizes`` the buffers and their bytes."""
+    """How many bytes of every ring are in use during a step, or a layer, in steady state; ``held``
+    has from when to when each load of it keeps its buffer, ``sizes`` how many buffers and bytes."""
     each, gap = 92, 34
     whole = figure(len(held) * (each + gap) + 44)
     for number, (name, spans) in enumerate(held.items()):
@@ -252,11 +249,11 @@ def rings(
         axes.set_title(text, loc="left", fontsize=12.5, color=colour("ink"), pad=6)
         axes.tick_params(labelbottom=number == len(held) - 1)
         axes.set_ylabel("MiB")
-    axes.set_xlabel("milliseconds since the step began", loc="left")
+    axes.set_xlabel(f"milliseconds since the {began} began", loc="left")
     return whole
 
 
-RINGS = {"dense": "dense", "experts": "experts-light", "head": "head"}
+RINGS = {"dense": "dense", "experts": "experts-light", "head": "head", "kv": "copy"}
 
 
 def occupancy(spans: Sequence[tuple[float, float]], period: float) -> tuple[list[float], list[int]]:

@@ -140,10 +140,14 @@ def _memory(found: Findings) -> ET.Element:
     ]
     steady = found.steady
     if steady.held:
-        label = f"buffers in use over a step of {format_duration(steady.period)}"
-        svg = draw(lambda: timed.rings(steady.held, steady.rings, steady.period), "rings", label)
+        over = "layer" if "hbm" in held else "step"
+        label = f"buffers in use over a {over} of {format_duration(steady.period)}"
+        svg = draw(
+            lambda: timed.rings(steady.held, steady.rings, steady.period, over), "rings", label
+        )
+        what = "weights or KV" if over == "layer" else "weights"
         caption = (
-            "Buffers that hold weights which are being read or used, over one step in steady "
+            f"Buffers that hold {what} which are being read or used, over one {over} in steady "
             "state; the line is what is set aside for them."
         )
         children += [tag("h3", "Rings over time"), chart(svg, caption)]

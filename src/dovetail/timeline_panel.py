@@ -7,17 +7,31 @@ from dataclasses import dataclass, replace
 from dovetail.ir.program import Segment
 from dovetail.ir.timeline import Span, Timeline
 
+ALL = -1
+"""Instead of a layer's number: the panel is of several layers."""
+GPU_CLASSES = {
+    "attention": "attention",
+    "kv_attention": "attention",
+    "cpu_attention": "attention",
+    "cpu_linears": "attention",
+    "experts": "experts",
+    "cpu_experts": "experts",
+}
+"""The classes of what runs in a loop body of a machine with a GPU."""
+
 
 @dataclass(frozen=True, slots=True)
 class Panel:
     """One timeline and the layer of one step that is looked at; ``spans`` are within ``seconds``
-    after the layer began, and times are counted from there."""
+    after the layer began, and times are counted from there. ``title`` says what is shown where it
+    is not one layer of one step."""
 
     source: str
     layer: int
     step: int
     seconds: float
     spans: tuple[Span, ...]
+    title: str = ""
 
     @classmethod
     def of(cls, timeline: Timeline, step: int, layer: int) -> "Panel | None":
@@ -75,7 +89,11 @@ def _plain(name: str) -> str:
 
 
 def span_class(span: Span, classes: Mapping[str, str]) -> str:
-    """The class of a span: that of its segment, ``load`` with its ring, or ``wait``."""
+    """The class of a span: that of its segment, ``load`` or ``copy`` with what it brings, or
+    ``wait``. On a machine with a GPU a span is called by its class."""
     if span.kind == "run":
-        return classes.get(_plain(span.name), "layer")
+        found = classes.get(_plain(span.name))
+        return found or GPU_CLASSES.get(span.name, "layer")
+    if span.kind == "copy":
+        return f"copy {span.name}"
     return f"load {span.name}" if span.kind == "load" else "wait"

@@ -19,7 +19,7 @@ from dovetail.ir.timeline import Span
 from dovetail.ir.units import format_bytes, format_duration
 from dovetail.passes.lower import segments
 from dovetail.timeline_file import Compared
-from dovetail.timeline_panel import Panel, segment_classes, span_class
+from dovetail.timeline_panel import ALL, Panel, segment_classes, span_class
 
 SUFFIXES = (".png", ".svg")
 WIDTH, LANE, HEADING, BOTTOM, TOP, LINE = 11.0, 0.62, 0.42, 0.85, 0.48, 0.17
@@ -52,6 +52,10 @@ LOOKS: Mapping[str, Look] = {
     "load dense": Look("read dense weights", "dense", "#a5c2e2"),
     "load experts": Look("read experts", "experts", "#fbcb94"),
     "load head": Look("read head", "head", "#d9c3e4"),
+    "copy dense": Look("copy dense weights", "dense", "#a5c2e2"),
+    "copy experts": Look("copy experts", "experts", "#fbcb94"),
+    "copy kv": Look("copy KV", "KV", "#b9d8b4"),
+    "copy hidden": Look("copy hidden states", "hidden", "#d9c3e4"),
     "wait": Look("wait", "", "#f7f7f7", "////"),
 }
 
@@ -61,11 +65,7 @@ def draw(compared: Compared, path: Path, note: Callable[[str], None]) -> None:
 
     Raises InputError for another kind of file and OutputError if it cannot be written.
     """
-    if path.suffix.lower() not in SUFFIXES:
-        raise InputError(
-            f"--picture {path}: found the kind {path.suffix or 'none'!r}, expected one of "
-            f"{', '.join(SUFFIXES)}; name the file such as layer.png"
-        )
+    _check_kind(path)
     layer = len(compared.layout.graph.layers) // 2
     panels = []
     for timeline in (compared.predicted(), compared.measured):
@@ -74,8 +74,26 @@ def draw(compared: Compared, path: Path, note: Callable[[str], None]) -> None:
             panels.append(panel)
         elif timeline is not None:
             note(f"the {timeline.source} step {compared.step} has no layer {layer}; left out")
-    classes = segment_classes(segments(compared.layout))
-    _save(panels, classes, *_titles(compared.plan), path)
+    save_panels(panels, segment_classes(segments(compared.layout)), compared.plan, path)
+
+
+def save_panels(
+    panels: Sequence[Panel], classes: Mapping[str, str], plan: Plan, path: Path
+) -> None:
+    """Draw panels below each other, titled with what the plan is for, as PNG or SVG.
+
+    Raises InputError for another kind of file and OutputError if it cannot be written.
+    """
+    _check_kind(path)
+    _save(panels, classes, *_titles(plan), path)
+
+
+def _check_kind(path: Path) -> None:
+    if path.suffix.lower() not in SUFFIXES:
+        raise InputError(
+            f"--picture {path}: found the kind {path.suffix or 'none'!r}, expected one of "
+            f"{', '.join(SUFFIXES)}; name the file such as layer.png"
+        )
 
 
 def _titles(plan: Plan) -> tuple[str, str]:
@@ -138,8 +156,9 @@ def _figure(
 
 def _heading(axes: Axes, panel: Panel, predicted: Panel) -> None:
     took = format_duration(panel.seconds)
-    text = f"layer {panel.layer} of step {panel.step} takes {took}"
-    if panel is not predicted:
+    one = f"layer {panel.layer} of step {panel.step} takes {took}"
+    text = f"{panel.title}: {took}" if panel.title else one
+    if panel is not predicted and not panel.title:
         error = predicted.seconds / panel.seconds - 1
         text += f"; the prediction is {abs(error):.0%} {'above' if error > 0 else 'below'} that"
     for words, right, size, weight, colour in (
@@ -204,7 +223,7 @@ def _bars(
 def _of_layer(span: Span, layer: int) -> bool:
     """Whether a span is drawn in full colour: loads for other layers are part of this one's
     steady state, other layers' compute is not."""
-    return span.kind != "run" or span.layer == layer
+    return span.kind != "run" or layer in (span.layer, ALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,7 +243,7 @@ def _groups(spans: Sequence[Span], classes: Mapping[str, str]) -> Iterator[_Grou
         mine = list(members)
         short = LOOKS[kind].short
         counted = f"{len(mine)} × {short}" if len(mine) > 1 else short
-        loads = kind in ("load dense", "load experts")
+        loads = kind in ("load dense", "load experts", "copy dense", "copy experts")
         texts = (f"{counted} of layer {layer}", counted, short) if loads else (counted, short)
         yield _Group(texts, len(mine), mine[0].start * 1e3, mine[-1].end * 1e3)
 
