@@ -9,8 +9,10 @@ import pytest
 import torch
 from tests.e2e.support import VOCAB, tiny_model
 from torch import Tensor
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 import dovetail
+from dovetail.registration import register_when_imported
 from dovetail.runtime import routed_experts
 from dovetail.runtime.routed_experts import ExpertWeights, run_experts, run_experts_traced
 
@@ -110,7 +112,8 @@ def test_gradients_flow() -> None:
 
 SCRIPT = """
 import sys
-{first}
+import dovetail
+assert "torch" not in sys.modules
 import torch
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained({folder!r}, experts_implementation="dovetail")
@@ -123,19 +126,19 @@ print("equal", model.config._experts_implementation)
 """
 
 
-@pytest.mark.parametrize(
-    "first",
-    [
-        "import dovetail\nassert 'torch' not in sys.modules",
-        "import transformers.integrations.moe\nimport dovetail",
-    ],
-    ids=["before transformers", "after transformers"],
-)
-def test_from_pretrained_knows_the_name(tmp_path: Path, first: str) -> None:
+def test_from_pretrained_knows_the_name(tmp_path: Path) -> None:
     tiny_model("olmoe", num_hidden_layers=1).save_pretrained(tmp_path)
-    script = SCRIPT.format(first=first, folder=str(tmp_path))
+    script = SCRIPT.format(folder=str(tmp_path))
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.stdout.split() == ["equal", "eager"], done.stderr
+
+
+def test_the_name_is_known_at_once_where_transformers_is_loaded() -> None:
+    known = ALL_EXPERTS_FUNCTIONS._global_mapping
+    del known["dovetail"]
+    register_when_imported()
+    assert "dovetail" in known
+    assert not any(type(finder).__module__ == "dovetail.registration" for finder in sys.meta_path)
 
 
 def test_capture_does_not_take_the_name() -> None:

@@ -20,7 +20,7 @@ from dovetail.ir.errors import InputError
 from dovetail.region_choice import EAGER, Choice
 from dovetail.traced_experts import match_experts
 
-FAMILIES = ("olmoe", "gpt_oss", "qwen2_moe")
+FAMILIES = ("olmoe", "gpt_oss")
 
 
 @pytest.fixture(autouse=True)
@@ -85,14 +85,6 @@ def test_16_bit_experts_are_scheduled(ran: list[Choice]) -> None:
         expected = model(ids(2, 9)).logits
     torch.testing.assert_close(result.logits, expected, rtol=5e-2, atol=5e-2)
     assert [choice.winner for choice in ran] == [torch_backend.SCHEDULED]
-
-
-def test_what_is_measured_decides() -> None:
-    """With real measurements every bucket has eager's samples too, and results stay equal."""
-    model = tiny_model("olmoe", num_hidden_layers=1)
-    (result,), _, _ = compiled(model, "dovetail", [ids(2, 9)])
-    with torch.no_grad():
-        torch.testing.assert_close(result.logits, model(ids(2, 9)).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_training_goes_through_the_traced_nodes(ran: list[Choice]) -> None:
