@@ -17,11 +17,12 @@ from dovetail.ir.moves import Move
 from dovetail.passes.apply_moves import apply_moves
 from dovetail.passes.lower import lower
 from dovetail.passes.memory import ram_bytes
+from dovetail.tune_clock import Tick
 from dovetail.tune_correct import MOST, correct, factors
 from dovetail.tune_plan import decide
 from dovetail.tune_sample import Prompts, sample_of
 from dovetail.tune_samplers import SAMPLERS, make_sampler, rebuild
-from dovetail.tune_search import CONFIRM, DEFAULT, GATE, Tick, moves_of
+from dovetail.tune_search import CONFIRM, DEFAULT, GATE, moves_of
 from dovetail.tune_space import knob_shares, moves_digest, point_of
 from dovetail.tuning_db.facts import Trial
 from dovetail.tuning_db.trials import Trials

@@ -1,5 +1,8 @@
 """What watches a tuned plan at work: loads of experts, and outputs against a reference."""
 
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +14,7 @@ from tests.plan_cases import MACHINE
 from dovetail.ir.plan import Evidence, Plan
 from dovetail.passes.choose import choose
 from dovetail.routing_guard import ENOUGH, EVERY, LoadCounter, RoutingGuard, Sinks
+from dovetail.tune_quiet import Others
 from dovetail.tune_worker import PROBES, TOLERANCES, Probe
 
 
@@ -61,6 +65,20 @@ def test_guard_waits_for_enough_tokens_and_needs_a_tuned_plan(plan: Plan) -> Non
     routed(guard, 4.0, steps=1, tokens=2 * ENOUGH)
     assert guard.mean < ENOUGH and guard.warning(last=True) is None
     assert RoutingGuard.for_plan(replace(plan, tuning=None), cases.graph()) is None
+
+
+def test_own_work_is_not_others_work() -> None:
+    others = Others(lambda: None)
+    end = time.process_time() + 0.2
+    while time.process_time() < end:
+        pass
+    busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    mine, idle = Others(lambda: busy.pid), Others(lambda: None)
+    time.sleep(0.5)
+    # Under load a busy process gets less than a core, but what it gets is counted to its owner.
+    assert idle.cores >= mine.cores >= 0.0 and others.cores >= 0.0
+    busy.kill()
+    busy.wait()
 
 
 def test_sinks_tell_each_and_none_where_there_is_none() -> None:

@@ -15,10 +15,11 @@ from dovetail.passes.apply_moves import Layout, apply_moves
 from dovetail.passes.choose import smallest_budget
 from dovetail.passes.policies import module_batch
 from dovetail.passes.policies.common import Setting
+from dovetail.tune_clock import Clock, Tick
 from dovetail.tune_measure import Pairs
 from dovetail.tune_rank import Ranker
 from dovetail.tune_samplers import Sampler, make_sampler
-from dovetail.tune_search import Clock, Search, Tick
+from dovetail.tune_search import Search
 from dovetail.tune_space import Space, moves_digest
 from dovetail.tune_worker import Answer
 from dovetail.tuning_db.database import Database

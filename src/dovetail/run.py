@@ -18,7 +18,7 @@ from dovetail.execute import Execution
 from dovetail.ir import codec
 from dovetail.ir.batching import Request as SequenceRequest
 from dovetail.ir.errors import InputError
-from dovetail.ir.plan import Plan
+from dovetail.ir.plan import Plan, load_plan
 from dovetail.ir.units import parse_budget
 from dovetail.ir.workload import Workload
 from dovetail.journal import Journal, Record
@@ -31,6 +31,7 @@ from dovetail.routing_record import RoutingRecord, check_recorded
 from dovetail.runtime import calibrate_host as host
 from dovetail.runtime.generate import Finished
 from dovetail.runtime.sampling import Sampling
+from dovetail.staleness import Grade, environment_here, plan_staleness
 from dovetail.tuning_db.database import Database, Run, TaskSample
 
 log = logging.getLogger(__name__)
@@ -169,6 +170,7 @@ def _run_rest(
         machine=options.machine,
         plan=str(options.plan) if options.plan else "",
     )
+    _warn_if_stale(options, folder)
     plan, captured = plan_apart(request, place, lambda text: None)
     stop = () if options.ignore_eos else folder.stop_tokens
     if record is not None:
@@ -188,6 +190,16 @@ def _run_rest(
     report = Report.of(plan, execution.layout, execution.steps_run, execution.measured)
     _remember(plan, report)
     return report
+
+
+def _warn_if_stale(options: argparse.Namespace, folder: ModelFolder) -> None:
+    """Say in what this machine differs from the one that a given plan was made for."""
+    if options.plan is None or options.machine:
+        return
+    here = environment_here([folder.index.shards[0].file])
+    staleness = plan_staleness(load_plan(options.plan), here)
+    if staleness.grade is not Grade.SAME:
+        log.warning("%s", staleness.message(str(options.plan)))
 
 
 def _warn_of_drift(guard: RoutingGuard | None, *, last: bool = False) -> None:

@@ -145,8 +145,8 @@ def environment_here(files: Sequence[Path] = ()) -> dict[str, str]:
 
 
 def environment_of(plan: Plan) -> dict[str, str]:
-    """The environment that the plan says it was made in."""
-    return dict(plan.machine.silicon)
+    """The environment that the plan says it was timed in, or else its machine calibrated in."""
+    return dict(plan.machine.silicon if plan.tuning is None else plan.tuning.environment)
 
 
 def plan_staleness(plan: Plan, now: Mapping[str, str] | None = None) -> Staleness:

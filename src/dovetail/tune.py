@@ -31,14 +31,16 @@ from dovetail.planning import PLAN_FILE, Request, plan_apart
 from dovetail.run import ram_budget
 from dovetail.runtime import calibrate_host as host
 from dovetail.staleness import Grade, code_digest, compare
+from dovetail.tune_clock import Clock
 from dovetail.tune_correct import correct
 from dovetail.tune_measure import Measurer
 from dovetail.tune_plan import decide, evidence_of, plan_of, summary
 from dovetail.tune_progress import TuneProgress
+from dovetail.tune_quiet import LOUD, Others
 from dovetail.tune_rank import Ranker
 from dovetail.tune_sample import Prompts, read_workload, run_seconds, sample_of
 from dovetail.tune_samplers import make_sampler
-from dovetail.tune_search import Clock, Search
+from dovetail.tune_search import Search
 from dovetail.tune_space import Space, knob_shares, moves_digest
 from dovetail.tune_worker import Job
 from dovetail.tuning_db.database import Database, default_path
@@ -210,6 +212,7 @@ class Tuner:
 
     def _search(self, measurer: Measurer) -> Stop:
         plan = self._job.untuned
+        others = Others(lambda: measurer.worker)
         samples = [measurer.default()]
         bound = plan.bound.seconds / plan.prediction.seconds
         show = TuneProgress(self._clock.budget, bound)
@@ -234,8 +237,13 @@ class Tuner:
             search.gate()
         finally:
             show.close()
-        if not self._job.described:
+        if others.cores <= LOUD:
             self._correct(search, measurer)
+        else:
+            note(
+                f"others kept {others.cores:.1f} cores busy meanwhile: what was measured is not "
+                "held against the cost model; tune on a quiet machine to correct it"
+            )
         return stop
 
     def _seeds(self) -> list[dict[str, int]]:
@@ -255,7 +263,8 @@ class Tuner:
         return found[: 2 * SEEDS]
 
     def _correct(self, search: Search, measurer: Measurer) -> None:
-        """Keep by how much the cost model was off, where the next plan looks for it."""
+        """Keep by how much the cost model was off: here, and where the next plan looks for it,
+        unless the machine is described by a file, whose curves are not this machine's."""
         answers = [pairs.answer for pairs in search.answers if pairs.answer is not None]
         assert measurer.reference is not None
         work = [a.work for a in (measurer.reference, *answers) if a.work]
@@ -264,8 +273,10 @@ class Tuner:
         machine = self._job.untuned.machine
         sample = self._job.sample.workload
         found = correct(machine, host.silicon(), host.software(), sample, work, timed)
-        self._trials.add_correction(found)
-        if self._trials.database.path != default_path():
+        own = self._trials.database.path != default_path()
+        if own:
+            self._trials.add_correction(found)
+        if not self._job.described:
             with Database.open() as cache:
                 Trials(cache).add_correction(found)
 

@@ -67,6 +67,11 @@ class Measurer:
     ) -> None:
         self._end()
 
+    @property
+    def worker(self) -> int | None:
+        """The worker's pid."""
+        return None if self._process is None else self._process.pid
+
     def start_reference(self) -> Answer:
         """Run the default once, to warm up and for outputs to be compared with; raises
         DovetailError if even that does not run."""
@@ -80,12 +85,16 @@ class Measurer:
         """The seconds that an answer's run counts for."""
         return answer.seconds - answer.setup_seconds * (1 - self._share)
 
+    def once(self, moves: Sequence[Move]) -> float:
+        """Seconds of one run of these moves; raises DovetailError if they do not run."""
+        answer = self._run(Ask(tuple(moves)))
+        if answer.state != "ok":
+            raise DovetailError(f"a schedule stopped running: {answer.state}: {answer.note}")
+        return self.seconds(answer)
+
     def default(self) -> float:
         """Seconds of one more run of the default."""
-        answer = self._run(Ask(self._untuned))
-        if answer.state != "ok":
-            raise DovetailError(f"the untuned plan stopped running: {answer.state}: {answer.note}")
-        found = self.seconds(answer)
+        found = self.once(self._untuned)
         self.best_default = min(self.best_default, found)
         return found
 

@@ -5,7 +5,7 @@ import sys
 from typing import TextIO
 
 from dovetail.ir.units import format_duration
-from dovetail.tune_search import Tick
+from dovetail.tune_clock import Tick
 
 
 class TuneProgress:

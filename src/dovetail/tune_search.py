@@ -6,13 +6,12 @@ earlier call or of another tuner at work on the same file, are taken as if just 
 
 import math
 import statistics
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Literal
 
 from dovetail.ir import codec
 from dovetail.ir.moves import Move
+from dovetail.tune_clock import Clock, Tick
 from dovetail.tune_measure import Measurer, Pairs
 from dovetail.tune_rank import Candidate, Ranker
 from dovetail.tune_samplers import Sampler, rebuild
@@ -35,41 +34,6 @@ the fewest that can show anything with 95 % confidence."""
 FINALISTS = 3
 DEFAULT, SEARCH, CONFIRM, GATE = "default", "", "confirm", "gate"
 """What a trial's note says of why it was made, if nothing else is to be said."""
-
-
-@dataclass(slots=True)
-class Clock:
-    """Wall seconds of a budget."""
-
-    budget: float
-    now: Callable[[], float] = time.monotonic
-    begin: float = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.begin = self.now()
-
-    @property
-    def spent(self) -> float:
-        """Seconds since it began."""
-        return self.now() - self.begin
-
-    @property
-    def left(self) -> float:
-        """Seconds that are left."""
-        return self.budget - self.spent
-
-
-@dataclass(frozen=True, slots=True)
-class Tick:
-    """What there is to show after a trial; ``best`` is its ratio to the untuned plan's time."""
-
-    trial: int
-    timed: int
-    ruled_out: int
-    best: float
-    spent: float
-    text: str
-    phase: Literal["search", "gate"] = "search"
 
 
 class Search:
@@ -287,7 +251,9 @@ class Search:
         return self.clock.left > pairs * self._pair_seconds()
 
     def _reserve(self) -> float:
-        """Seconds that the gate will need."""
+        """Seconds that the gate will need; while nothing is faster, no more than the fewest."""
+        if self.best >= 1.0:
+            return min((GATE_PAIRS + 1) * self._pair_seconds(), 0.6 * self.clock.budget)
         gate = (GATE_PAIRS + 3 * FINALISTS) * self._pair_seconds()
         return min(max(GATE_SHARE * self.clock.budget, gate), 0.6 * self.clock.budget)
 

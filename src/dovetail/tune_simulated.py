@@ -25,8 +25,9 @@ from dovetail.passes.policies.gpu import ladders as gpu_ladders
 from dovetail.planning import Model
 from dovetail.staleness import code_digest
 from dovetail.tune import note, report, save
+from dovetail.tune_clock import Clock
 from dovetail.tune_samplers import make_sampler
-from dovetail.tune_search import PATIENCE, Clock
+from dovetail.tune_search import PATIENCE
 from dovetail.tune_space import Ladders, moves_digest, window
 from dovetail.workloads import check_context, load_workload
 

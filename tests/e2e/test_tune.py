@@ -55,7 +55,8 @@ class Place:
         with Database.open(self.folder / db) as opened:
             assert check(opened) == []
             return opened.rows(
-                "SELECT tuning, number, parameters_digest, state, note FROM trial ORDER BY id"
+                "SELECT tuning, number, environment || parameters_digest, state, note FROM trial"
+                " ORDER BY id"
             )
 
 
@@ -101,7 +102,8 @@ def test_plan_says_how_it_was_found_and_passes_the_check(
     assert (found.outcome == "tuned") == (found.high < 1.0 and found.pairs >= 6)
     assert found.load_skew >= 1.0 and found.environment["dovetail"]
     assert found.max_error is None or found.max_error < 1e-3
-    assert main(["plan", "check", str(place.folder / "plan.json")]) == 0
+    assert main(["plan", "check", str(place.folder / "plan.json"), "--here"]) == 0
+    assert "it was made for this machine and software: used as it is" in capsys.readouterr().out
     assert main(["plan", "show", str(place.folder / "plan.json")]) == 0
     assert f"{found.outcome}: " in capsys.readouterr().out
 
@@ -129,6 +131,8 @@ def test_replay_decides_the_same_from_the_same_rows_elsewhere_too(
         assert again.tuning.ratio == first.tuning.ratio
         assert grade in capsys.readouterr().err
     assert plan_staleness(again).grade is Grade.FOREIGN
+    assert main(["plan", "check", str(place.folder / "copy.db.plan" / "plan.json"), "--here"]) == 1
+    assert "stale    here     it was made for a different machine (" in capsys.readouterr().out
 
 
 def test_replay_refuses_rows_of_something_else(
