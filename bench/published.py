@@ -9,11 +9,12 @@ as the source does.
 
 import argparse
 import json
+import math
 import statistics
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from dovetail.ir.errors import DovetailError
@@ -26,16 +27,21 @@ from dovetail.passes.apply_moves import apply_moves
 from dovetail.passes.choose import choose
 from dovetail.passes.gpu_cost import GpuCosts
 from dovetail.passes.gpu_predict import GpuPredictor
+from dovetail.passes.policies.common import Knobs
+from dovetail.passes.policies.gpu import DEFAULTS, GPU_POLICIES
 
 CONFIGS = Path(__file__).parent / "configs"
 PROMPTS = 4096
 """Prompts of a cell whose source does not say how many."""
+MOST_TOKENS = 1 << 15
+"""Prompt tokens of a step at most where a source prints its groups."""
 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
     """One published figure: tokens/s of ``system`` as ``policy``; ``counts`` what it is measured
-    over (decode or all)."""
+    over (decode or all). ``batch`` is the sequences of a group and the number of groups where the
+    source prints them: then they are not searched."""
 
     source: str
     system: str
@@ -46,6 +52,7 @@ class Cell:
     new: int
     counts: str
     published: float
+    batch: tuple[int, int] | None = None
 
 
 def cells() -> Iterator[Cell]:
@@ -64,6 +71,18 @@ def cells() -> Iterator[Cell]:
         for new, figure in zip(lengths, figures, strict=True):
             source = "MoE-Lightning, MTBench table and artefact (arXiv 2411.11217)"
             yield Cell(source, system, policy, machine, "Mixtral-8x7B", prompt, new, "all", figure)
+    helm = {
+        ("t4-192gb", 256, 50): ((22.7, 32, 61), (26.3, 36, 26), (11.8, 102, 1)),
+        ("l4-192gb", 256, 50): ((50.1, 64, 33), (105.3, 100, 15), (18.6, 156, 1)),
+        ("t4-192gb", 1984, 64): ((3.87, 3, 92), (4.52, 4, 19), (0.965, 8, 1)),
+        ("l4-192gb", 1984, 64): ((7.14, 8, 36), (12.39, 8, 36), (1.45, 12, 1)),
+    }
+    padded = (("FlexGen", "zigzag"), ("MoE-Lightning(p)", "cgopipe"), ("DeepSpeed", "model_batch"))
+    for (machine, prompt, new), found in helm.items():
+        for (system, policy), (figure, group, groups) in zip(padded, found, strict=True):
+            source = "MoE-Lightning, HELM table with batch sizes (arXiv 2411.11217)"
+            cell = Cell(source, system, policy, machine, "Mixtral-8x7B", prompt, new, "all", figure)
+            yield replace(cell, batch=(group, groups))
     moe_gen = {
         "Mixtral-8x7B": (27, 33, 89, 469),
         "Mixtral-8x22B": (4, 5, 9, 91),
@@ -94,10 +113,11 @@ class Row:
 
 def row(cell: Cell, graph: TaskGraph, machine: Machine) -> Row:
     """Predict a cell's own policy and ``auto``."""
-    workload = Workload(((cell.prompt, PROMPTS),), cell.new)
+    prompts = 4 * math.prod(cell.batch) if cell.batch else PROMPTS
+    workload = Workload(((cell.prompt, prompts),), cell.new)
     budget = {name: machine.tiers[name] for name in ("hbm", "ram")}
     begin = time.perf_counter()
-    own = _planned(graph, machine, budget, workload, cell.policy)
+    own = _planned(graph, machine, budget, workload, cell.policy, _knobs(cell))
     best = _planned(graph, machine, budget, workload, "auto")
     return Row(
         cell,
@@ -108,11 +128,26 @@ def row(cell: Cell, graph: TaskGraph, machine: Machine) -> Row:
     )
 
 
+def _knobs(cell: Cell) -> Knobs | None:
+    """The policy's knobs with the batch sizes that the source prints."""
+    if cell.batch is None:
+        return None
+    rows, groups = cell.batch
+    fixed = {**DEFAULTS, **GPU_POLICIES[cell.policy].fixed, "seqs": rows * groups, "rows": rows}
+    tokens = rows * cell.prompt
+    return {**fixed, "attn_tokens": tokens, "prefill_tokens": min(tokens, MOST_TOKENS)}
+
+
 def _planned(
-    graph: TaskGraph, machine: Machine, budget: dict[str, int], workload: Workload, policy: str
+    graph: TaskGraph,
+    machine: Machine,
+    budget: dict[str, int],
+    workload: Workload,
+    policy: str,
+    knobs: Knobs | None = None,
 ) -> Plan | None:
     try:
-        return choose(graph, machine, budget, workload, policy=policy)
+        return choose(graph, machine, budget, workload, policy=policy, knobs=knobs)
     except DovetailError as error:
         print(f"{policy}: {error}", file=sys.stderr)
         return None
@@ -136,19 +171,28 @@ def table(rows: list[Row]) -> str:
         "| by |",
         "|" + "---|" * 10,
     ]
-    ratios = []
+    ratios: list[float] = []
+    given: list[float] = []
     for r in rows:
         c = r.cell
         ratio = r.predicted / c.published if r.predicted else None
         ratios += [ratio] if ratio else []
+        given += [ratio] if ratio and c.batch else []
         figures = [f"{c.published:g}", _text(r.predicted), _text(ratio), _text(r.auto)]
-        head = [c.model, c.machine, f"{c.prompt}+{c.new} ({c.counts})", c.system, c.policy]
+        batch = f" in {c.batch[1]} x {c.batch[0]}" if c.batch else ""
+        head = [c.model, c.machine, f"{c.prompt}+{c.new}{batch} ({c.counts})", c.system, c.policy]
         lines.append("| " + " | ".join([*head, *figures, r.auto_policy]) + " |")
     if ratios:
         off = statistics.median(abs(r - 1) for r in ratios)
         lines.append(
             f"\nmedian of predicted ÷ published {statistics.median(ratios):.2f} over {len(ratios)} "
             f"cells; median distance from 1: {off:.0%}"
+        )
+    if given:
+        off = statistics.median(abs(r - 1) for r in given)
+        lines.append(
+            f"where the source prints its batch sizes: median {statistics.median(given):.2f} over "
+            f"{len(given)} cells; median distance from 1: {off:.0%}"
         )
     return "\n".join(lines)
 
