@@ -166,11 +166,11 @@ class _Weights:
             layers = [i for i, k in enumerate(self._stack.kinds) if k == kind]
             for task in body.tasks:
                 for weight in (w for w in task.weights if not w.pieces):
-                    self._names.check(weight.key, weight.shape, layers, 1)
+                    self._names.check(weight.key, weight.shape, layers, 1, weight.dtype)
                 for tensor in task.experts.tensors if task.experts else ():
                     count = task.experts.count if task.experts else 0
                     shape = (count, *tensor.shape) if tensor.stacked else tensor.shape
-                    self._names.check(tensor.key, shape, layers, count)
+                    self._names.check(tensor.key, shape, layers, count, tensor.dtype)
 
 
 def _size(config: PretrainedConfig, name: str) -> int:

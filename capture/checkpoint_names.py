@@ -162,7 +162,14 @@ class CheckpointNames:
             )
         return operations, [(p, by_pattern[p]) for p in patterns]
 
-    def check(self, template: str, shape: tuple[int, ...], layers: list[int], experts: int) -> None:
+    def check(
+        self,
+        template: str,
+        shape: tuple[int, ...],
+        layers: list[int],
+        experts: int,
+        expected: str = "",
+    ) -> None:
         """Raise CheckpointError unless every layer's (and expert's) tensor has ``shape``."""
         if not self._given:
             return
@@ -175,7 +182,7 @@ class CheckpointNames:
                         "the folder is incomplete or belongs to another model"
                     )
                 dtype = self.entries[key][0].removeprefix("torch.")
-                if dtype not in DTYPES:
+                if dtype not in DTYPES and dtype != expected:
                     raise CheckpointError(
                         f"tensor {key} is stored as {dtype}, expected one of {', '.join(DTYPES)}; "
                         "convert the checkpoint first"

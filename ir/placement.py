@@ -4,7 +4,7 @@
 ``experts[layer]`` (one entry per expert) and ``head``.
 """
 
-from dovetail.ir.task_graph import Body, Experts, Role, TaskGraph, Weight
+from dovetail.ir.task_graph import Body, Experts, Ref, Role, TaskGraph, Weight
 
 ALIGN = 4096
 """Direct reads start and end at multiples of this many bytes."""
@@ -18,6 +18,15 @@ def span_bytes(nbytes: int) -> int:
 def embed_weights(graph: TaskGraph) -> tuple[Weight, ...]:
     """The embedding table, which may be left on disk and read row by row."""
     return _unique(graph.prologue, Role.EMBED)
+
+
+def beside_rows(graph: TaskGraph) -> tuple[Weight, ...]:
+    """What the embedding needs besides the rows of its tables: small weights such as a norm's,
+    which are in memory even where the tables are not."""
+    ops = [op for task in graph.prologue.tasks for op in task.ops]
+    looked_up = [op.args[0] for op in ops if op.target.startswith("aten.embedding")]
+    tables = {table.name for table in looked_up if isinstance(table, Ref)}
+    return tuple(weight for weight in embed_weights(graph) if weight.fqn not in tables)
 
 
 def head_weights(graph: TaskGraph) -> tuple[Weight, ...]:

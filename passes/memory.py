@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 
 from dovetail.ir.expr import Expr, evaluate
 from dovetail.ir.placement import (
+    beside_rows,
     dense_weights,
     embed_weights,
     expert_bytes,
@@ -55,8 +56,8 @@ def ring_bytes(layout: Layout) -> dict[str, int]:
 def resident_bytes(layout: Layout) -> int:
     """Bytes of all units that stay in ram."""
     graph, total = layout.graph, 0
-    if layout.embed_resident:
-        total += weights_bytes(embed_weights(graph))
+    embed = embed_weights(graph) if layout.embed_resident else beside_rows(graph)
+    total += weights_bytes(embed)
     if layout.head_resident:
         total += weights_bytes(head_weights(graph))
     for layer in range(len(graph.layers)):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dovetail.ir.batching import Member, Step, group_shares
 from dovetail.ir.load_order import LoadOrder
-from dovetail.ir.placement import embed_weights, experts_of
+from dovetail.ir.placement import beside_rows, embed_weights, experts_of
 from dovetail.ir.program import Program, unroll
 from dovetail.ir.task_graph import TaskGraph
 from dovetail.runtime.attention import attention
@@ -80,6 +80,7 @@ class Runtime:
         self._rings: dict[str, SlotRing] = {}
         self._held: dict[str, list[list[Tensors]]] = {}
         self._resident: dict[tuple[str, int], list[Tensors]] = {}
+        self._beside_rows: list[Tensors] = []
         self._tokens: TokenBuffers | None = None
         self._pools: list[Arena | KvStore | TokenBuffers | Modules] = []
         self.modules: Modules | None = None
@@ -136,6 +137,7 @@ class Runtime:
             self._pools.append(self._tokens)
         widest = max((w.nbytes // w.shape[0] for w in embed_weights(graph)), default=0)
         row = direct_span(4095, widest)
+        self._load_beside_rows()
         rows = Arena(row, self.budget, "embedding rows")
         self._row_buffer = rows.view(rows.allocate(row), row)
         self._pools.append(rows)
@@ -162,6 +164,18 @@ class Runtime:
         with ThreadPoolExecutor(self._workers) as readers:
             read = partial(self._store.read, streamed=False)
             return dict(zip(units, readers.map(read, units.values(), buffers), strict=True))
+
+    def _load_beside_rows(self) -> None:
+        if not beside_rows(self.graph) or ("embed", -1) in self._resident:
+            return
+        if isinstance(self._store, MemoryWeights):
+            self._beside_rows = self._store.tensors("embed")
+            return
+        unit = self._store.unit("beside rows")
+        arena = Arena(unit.nbytes, self.budget, "resident weights")
+        self._pools.append(arena)
+        buffer = arena.view(arena.allocate(unit.nbytes), unit.nbytes)
+        self._beside_rows = self._store.read(unit, buffer, streamed=False)
 
     def run_step(self, step: Step, inputs: Sequence[Mapping[str, Tensor]]) -> Tensor:
         """Run one step; ``inputs`` has ``input_ids`` and ``position_ids`` ``[seqs, q_len]`` of
@@ -216,7 +230,7 @@ class Runtime:
             ring.close()
         self._groups, self._routing, self._hidden = [], None, None
         self._kept.clear()
-        self._held, self._resident = {}, {}
+        self._held, self._resident, self._beside_rows = {}, {}, []
         for pool in self._pools:
             pool.close()
         self._reader.close()
@@ -447,7 +461,7 @@ class Runtime:
         if unit in self._rings:
             n = self._waits[worker][unit]
             return self._held[unit][n % len(self._held[unit])]
-        return []
+        return self._beside_rows if kind == "embed" else []
 
     def _waited(self, engine: str, name: str, begin: float, kind: str = "wait") -> None:
         end = clock()

@@ -11,7 +11,7 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,12 +64,14 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """New tokens ``first`` to ``last`` (exclusive) of row ``row``, which holds ``held`` before."""
+    """New tokens ``first`` to ``last`` (exclusive) of row ``row``, which holds ``held`` before;
+    ``layer`` is the module's place in the cache."""
 
     row: int
     first: int
     last: int
     held: int
+    layer: int = 0
 
 
 @dataclass(slots=True)
@@ -146,6 +148,8 @@ class Modules:
         place: "_Place",
         state: _Sequence,
     ) -> tuple[Any, ...]:
+        index = getattr(inner, "layer_idx", None)
+        place = replace(place, layer=index if type(index) is int else 0)
         given = {k: self._given(v, place, state) for k, v in arguments.items()}
         with _seen(state.cache, place.held):
             result = torch.func.functional_call(inner, weights, (), given, strict=False)
@@ -202,7 +206,8 @@ class Modules:
             case Cache():
                 return state.cache
             case Mask(window, chunk):
-                return _mask(place, window, chunk, self._model.dtype)
+                mask = _mask(place, window, chunk, self._model.dtype)
+                return _seen_part(mask, state.cache, place)
             case Carried(index):
                 return state.carried.get(index)
             case tuple():
@@ -297,6 +302,16 @@ def _mask(place: _Place, window: int, chunk: int, dtype: torch.dtype) -> Tensor:
         hidden |= key // chunk != query // chunk
     mask = torch.zeros(hidden.shape, dtype=dtype)
     return mask.masked_fill_(hidden, torch.finfo(dtype).min)[None, None]
+
+
+def _seen_part(mask: Tensor, cache: Any, place: _Place) -> Tensor:
+    """The columns of ``mask`` for the keys that the cache still has: one with a window forgets."""
+    layers = cache.layers
+    sizes = getattr(layers[place.layer], "get_mask_sizes", None) if layers else None
+    if sizes is None or not getattr(layers[place.layer], "is_sliding", False):
+        return mask
+    length, offset = sizes(place.last - place.first)
+    return mask[..., offset : offset + length]
 
 
 def _joined(parts: list[Tensor], g: GroupState) -> Tensor:

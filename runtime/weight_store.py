@@ -7,7 +7,13 @@ import torch
 from torch import Tensor
 
 from dovetail.ir.errors import CheckpointError
-from dovetail.ir.placement import dense_weights, embed_weights, experts_of, head_weights
+from dovetail.ir.placement import (
+    beside_rows,
+    dense_weights,
+    embed_weights,
+    experts_of,
+    head_weights,
+)
 from dovetail.ir.task_graph import ITEMSIZE, TaskGraph, Weight
 from dovetail.runtime.direct_io import Reader, direct_span
 from dovetail.runtime.pools import tensor_view, torch_dtype
@@ -57,7 +63,8 @@ class WeightStore:
         self._units: dict[tuple[str, int, range], Unit] = {}
 
     def unit(self, kind: str, layer: int = -1, experts: range = range(0)) -> Unit:
-        """The tensors of ``embed``, ``head``, ``dense[layer]`` or some of ``experts[layer]``."""
+        """The tensors of ``embed`` (or those ``beside rows`` of its tables), ``head``,
+        ``dense[layer]`` or some of ``experts[layer]``."""
         key = (kind, layer, experts)
         if key not in self._units:
             parts = tuple(tuple(part) for part in self._parts(kind, layer, experts))
@@ -114,6 +121,7 @@ class WeightStore:
             return
         weights: Mapping[str, tuple[Weight, ...]] = {
             "embed": embed_weights(self._graph),
+            "beside rows": beside_rows(self._graph),
             "head": head_weights(self._graph),
             "dense": dense_weights(self._graph.body(layer)) if layer >= 0 else (),
         }
