@@ -4,8 +4,8 @@ import time
 from collections.abc import Callable
 
 import pytest
-from tests.kernel_cases import KERNELS, down, up
 
+from dovetail.codegen.gate.cases import KERNELS, down, up
 from dovetail.codegen.kernels.emit import emit_kernel, file_name
 from dovetail.ir import codec
 from dovetail.ir.errors import InputError

@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.kernel_cases import up
 
 from dovetail.codegen.gate.binary import cuda_facts
+from dovetail.codegen.gate.cases import up
 from dovetail.codegen.gate.compile import compile_kernel, triton_version
 from dovetail.codegen.gate.judge import problems
 from dovetail.codegen.gate.suite import MIXTRAL_8X7B, broken_suite

@@ -3,8 +3,8 @@
 import importlib.util
 
 import pytest
-from tests.kernel_cases import KERNELS, LAYERS
 
+from dovetail.codegen.gate.cases import KERNELS, LAYERS
 from dovetail.codegen.gate.interpret import Job, edited, interpret
 from dovetail.codegen.gate.numbers import Case, Routing
 from dovetail.ir.kernel_spec import GemmSpec, SortSpec

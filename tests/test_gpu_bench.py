@@ -1,0 +1,49 @@
+"""The GPU bench where there is no GPU: it says so, and a dry run without time says what it left."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+SCRIPT = Path(__file__).parents[1] / "bench" / "gpu" / "run.py"
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="Triton is not installed"
+)
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the script and keep what it says."""
+    command = [sys.executable, str(SCRIPT), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_it_refuses_a_machine_without_a_gpu(tmp_path: Path) -> None:
+    done = run("--part", "1", "--out", str(tmp_path / "out.md"))
+    assert done.returncode == 2
+    assert "torch sees no GPU; --dry tries the script without one" in done.stderr
+
+
+@needs_triton
+def test_a_dry_run_with_no_time_left_lists_what_it_left_out(tmp_path: Path) -> None:
+    out = tmp_path / "out.md"
+    done = run("--part", "1", "--dry", "--minutes", "0", "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    text = out.read_text(encoding="utf-8")
+    assert "layer Mixtral-8x7B" in text and "numbers of up bf16, 13 tokens" in text
+    assert "the CUDA executor does not exist yet" in text
+    data = json.loads(out.with_suffix(".json").read_text(encoding="utf-8"))
+    assert data["layers"] == [] and len(data["skipped"]) > 40
+
+
+@needs_triton
+def test_a_dry_run_checks_numbers_and_layers(tmp_path: Path) -> None:
+    out = tmp_path / "out.md"
+    done = run("--part", "2", "--dry", "--minutes", "0.02", "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    answers = json.loads(out.with_suffix(".json").read_text(encoding="utf-8"))["answers"]
+    assert {answer["question"] for answer in answers} == {"launch floor"}
