@@ -22,7 +22,7 @@ from dovetail.solvers.solved import Solved
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
-_UNITS = 10_000_000
+_UNITS = 100_000_000
 _ROUNDS = 200
 
 

@@ -19,6 +19,7 @@ from dovetail.solvers.expert_greedy_copies import greedy_copies, least
 from dovetail.solvers.expert_robust import price_bound, relative, robust_split
 from dovetail.solvers.expert_search import SlotSearch
 from dovetail.solvers.expert_split import Split, split
+from dovetail.solvers.expert_weigh import improve
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -197,6 +198,17 @@ def test_exact_weighted_equals_brute_force(case: tuple[Floats, Ints]) -> None:
     assert solved.bound <= best * (1 + 1e-6) + 1e-9
     if best:
         assert solved.status == "optimal"
+
+
+def test_random_steps_come_close_to_even_with_few_slots_to_spare() -> None:
+    loads, capacity = np.array(PUBLISHED_LOADS[0], float), np.full(8, 2)
+    start = np.zeros((12, 8), bool)
+    start[np.arange(12), np.arange(12) % 8] = True
+    mean = loads.sum() / 8
+    found = improve(loads, start, capacity, 600, mean)
+    assert found.any(1).all()
+    assert (found.sum(0) <= capacity).all()
+    assert mean / split(loads, found).objective > 0.95 > mean / split(loads, start).objective
 
 
 @settings(max_examples=40)

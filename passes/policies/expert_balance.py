@@ -29,9 +29,11 @@ from dovetail.solvers.expert_exact import exact_even, exact_weighted
 from dovetail.solvers.expert_fill import fill
 from dovetail.solvers.expert_search import SlotSearch
 from dovetail.solvers.expert_split import split
+from dovetail.solvers.expert_weigh import improve
 
 BALANCE_KNOBS: Knobs = {"split": "weighted", "rounds": 0, "seed": 0, "work": 2.0}
 _EVEN = 1e-6
+_STEPS, _RESTARTS = 1000, 1.0
 _SMALL = 200
 """Experts times devices up to which a layer that is not proved even goes to the exact model."""
 
@@ -116,21 +118,33 @@ def _search_weighted(
     search = SlotSearch(loads[None, None], capacity)
     search.run(np.array([bound]), max(20, int(knobs["rounds"])), int(knobs["seed"]))
     slots = np.where(search.slots[0] == len(loads), OPEN, search.slots[0])
-    candidates = [slots, experts]
-    held = [held_by(slots, len(loads)) for slots in candidates]
-    solved = [split(loads, h) for h in held]
-    best = min((0, 1), key=lambda i: solved[i].objective)
-    if loads.size * len(capacity) <= _SMALL and solved[best].objective > bound * (1 + _EVEN):
-        exact = exact_weighted(loads, capacity, float(knobs["work"]), held[best])
-        bound = max(bound, exact.bound or bound)
-        if exact.objective < solved[best].objective:
-            candidates.append(_slots_of(exact.value, capacity))
-            solved.append(split(loads, exact.value))
-            best = 2
-    if solved[best].objective < value:
-        part = split_shares(candidates[best], solved[best].value.shares)
-        return candidates[best], part, solved[best].objective, bound
-    return experts, shares, value, bound
+    starts = [held_by(found, len(loads)) for found in (slots, experts)]
+    held = min(starts, key=lambda h: split(loads, h).objective)
+    if loads.size * len(capacity) <= _SMALL:
+        work = float(knobs["work"])
+        held = _improved(loads, held, capacity, bound, int(work * _RESTARTS), int(knobs["seed"]))
+        if split(loads, held).objective > bound * (1 + _EVEN):
+            exact = exact_weighted(loads, capacity, work / 4, held)
+            bound, held = max(bound, exact.bound or bound), exact.value
+    solved = split(loads, held)
+    if solved.objective >= value:
+        return experts, shares, value, bound
+    slots = _slots_of(held, capacity)
+    return slots, split_shares(slots, solved.value.shares), solved.objective, bound
+
+
+def _improved(
+    loads: Floats, start: Bools, capacity: Ints, enough: float, restarts: int, seed: int
+) -> Bools:
+    """The best of several random walks from ``start``."""
+    best, value = start, split(loads, start).objective
+    for number in range(restarts):
+        if value <= enough * (1 + _EVEN):
+            break
+        held = improve(loads, start, capacity, _STEPS, enough, seed + number)
+        if (found := split(loads, held).objective) < value:
+            best, value = held, found
+    return best
 
 
 def _slots_of(held: Bools, capacity: Ints) -> Ints:
