@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 AT_ONCE = Curve((1.0,), (1e15,))
 """Bytes per second at which weights "load" that are there."""
+RESIDENT = ("eager", "module_batch", "chunked_prefill")
+"""The policies that ``auto`` chooses from: those that keep every weight in memory if they can."""
 
 
 def context_of(model: Any) -> int:
@@ -101,7 +103,11 @@ def _machine(target: str) -> Machine:
 
 def _maker(captured: Captured, machine: Machine) -> Callable[[Request, Path], Any]:
     def make(request: Request, place: Path) -> tuple[Plan, Captured]:
-        plan, _ = plan_model(request, Model(captured), machine)
+        names = RESIDENT if request.policy == "auto" and not request.plan else (request.policy,)
+        plans = [
+            plan_model(replace(request, policy=name), Model(captured), machine)[0] for name in names
+        ]
+        plan = min(plans, key=lambda plan: plan.prediction.seconds)
         place.mkdir(parents=True, exist_ok=True)
         captured.save(place)
         save_plan(plan, place / PLAN_FILE)
