@@ -27,7 +27,7 @@ from dovetail.cli import main as dovetail
 from dovetail.cli import make_parser
 from dovetail.ir.machine import Machine
 from dovetail.ir.moves import Move
-from dovetail.machine_files import save_machine
+from dovetail.machine_files import load_machine, save_machine
 from dovetail.passes.apply_moves import apply_moves
 from dovetail.passes.cost import Costs
 from dovetail.passes.simulate import Simulator
@@ -48,7 +48,7 @@ NEAR = 1.02
 """A schedule within this factor of the best known counts as found."""
 WORKLOADS = {"demo": "48x120+24", "400MB": "96x48+16", "1GB": "96x48+12"}
 SHARES = (0.45, 0.75)
-"""Budgets, as shares of a checkpoint's bytes."""
+"""Budgets, as shares of a checkpoint's bytes beside what the process itself takes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,10 +123,10 @@ class Bench:
     def cell(self, size: str, share: float, before: Sequence[Mapping[str, float]]) -> Cell:
         """Tune with every sampler, then race what they found."""
         checkpoint, workload = self.checkpoint(size), WORKLOADS[size]
-        weights = sum(
-            shard.file.stat().st_size for shard in ModelFolder.open(checkpoint).index.shards
-        )
-        budget = int(weights * share)
+        shards = ModelFolder.open(checkpoint).index.shards
+        weights = sum(shard.file.stat().st_size for shard in shards)
+        process = load_machine(str(self.machine_file(checkpoint))).process_bytes
+        budget = int(weights * share) + process
         place = Path(tempfile.mkdtemp(prefix=f"{size}-", dir=self.folder))
         for sampler in self.samplers:
             db = place / f"{sampler}.db"

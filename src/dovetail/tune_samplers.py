@@ -61,6 +61,8 @@ class OptunaSampler:
             name: IntDistribution(0, len(values) - 1) for name, values in space.ladders.items()
         }
         self._asked: dict[tuple[int, ...], optuna.Trial] = {}
+        if space.ladders:
+            self.tell(space.base, 1.0)
 
     def propose(self, count: int) -> list[dict[str, int]]:
         """``count`` points, new or old."""

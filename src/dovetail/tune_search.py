@@ -85,18 +85,20 @@ class Search:
                     self._time(candidate)
 
     def run(self) -> Stop:
-        """Search until the gate's share of the budget is left, or nothing new is proposed."""
-        while self.clock.left > self._reserve():
-            if self._since_best >= PATIENCE:
-                return "converged"
-            candidates = self._proposed()
-            if candidates is None:
-                return "space"
-            if candidates:
-                ordered = self._ranker.order(candidates, self._space.base)
-                for later in ordered[1:]:
-                    self._sampler.tell_later(later.point, self._ranker.rough(later))
-                self._time(ordered[0])
+        """Search until the gate's share of the budget is left, or all of it is spent where there is
+        nothing for the gate, or nothing new is proposed."""
+        for reserve in (self._reserve, self._nothing_to_gate):
+            while self.clock.left > reserve():
+                if self._since_best >= PATIENCE:
+                    return "converged"
+                candidates = self._proposed()
+                if candidates is None:
+                    return "space"
+                if candidates:
+                    ordered = self._ranker.order(candidates, self._space.base)
+                    for later in ordered[1:]:
+                        self._sampler.tell_later(later.point, self._ranker.rough(later))
+                    self._time(ordered[0])
         return "budget"
 
     def gate(self) -> None:
@@ -247,13 +249,16 @@ class Search:
     def _pair_seconds(self) -> float:
         return 2.2 * min(self._measurer.best_default, self.clock.budget)
 
+    def _nothing_to_gate(self) -> float:
+        return 0.0 if self.best >= 1.0 else math.inf
+
     def _has_time(self, pairs: int) -> bool:
         return self.clock.left > pairs * self._pair_seconds()
 
     def _reserve(self) -> float:
         """Seconds that the gate will need; while nothing is faster, no more than the fewest."""
         if self.best >= 1.0:
-            return min((GATE_PAIRS + 1) * self._pair_seconds(), 0.6 * self.clock.budget)
+            return min((GATE_PAIRS - 1) * self._pair_seconds(), 0.5 * self.clock.budget)
         gate = (GATE_PAIRS + 3 * FINALISTS) * self._pair_seconds()
         return min(max(GATE_SHARE * self.clock.budget, gate), 0.6 * self.clock.budget)
 
