@@ -9,6 +9,7 @@ from typing import Literal
 
 from dovetail.ir import codec
 from dovetail.ir.errors import PlanError
+from dovetail.ir.kernel_layer import KernelReference
 from dovetail.ir.machine import Machine
 from dovetail.ir.moves import Move
 from dovetail.ir.workload import Workload
@@ -62,12 +63,21 @@ class Prediction:
 
 @dataclass(frozen=True, slots=True)
 class Certificate:
-    """What a solver proved: the ``objective`` that was reached and a ``bound`` that none beats."""
+    """What a solver proved: the ``objective`` that was reached and a ``bound`` that none beats;
+    ``work`` is the deterministic work that it took, about seconds of one core (0: not counted)."""
 
     name: str
     objective: float
     bound: float
     status: Literal["optimal", "feasible"]
+    work: float = field(default=0.0, metadata=codec.LATER)
+    unit: Literal["", "bytes"] = field(default="", metadata=codec.LATER)
+    """What objective and bound count; seconds where nothing is said."""
+
+    @property
+    def gap(self) -> float:
+        """The share of the objective that may still be saved."""
+        return 1 - self.bound / self.objective if self.objective else 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +138,12 @@ class Plan:
     bound: Bound
     candidates: tuple[Candidate, ...]
     certificates: tuple[Certificate, ...] = ()
+    offsets: Mapping[str, int] = field(default_factory=dict, metadata=codec.LATER)
+    """Bytes from the start of its tier's buffers at which each buffer of a GPU plan lies, by tier,
+    kind, number and layer of the steady state."""
     tuning: Evidence | None = field(default=None, metadata=codec.LATER)
+    kernels: tuple[KernelReference, ...] = field(default=(), metadata=codec.LATER)
+    """GPU kernels that the plan's executor runs, with their sources beside the plan."""
 
     def digest(self) -> str:
         """Hex sha256 over all fields: same inputs, same plan, same digest."""

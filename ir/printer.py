@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dovetail.ir.expr import DIMS, Expr
 from dovetail.ir.moves import Move, Place
 from dovetail.ir.notation import instruction_text, move_text, ranges, table
-from dovetail.ir.plan import Candidate, Plan
+from dovetail.ir.plan import Candidate, Certificate, Plan
 from dovetail.ir.program import Instruction, Loop, Program, Segment
 from dovetail.ir.task_graph import Body, Experts, Task, TaskGraph
 from dovetail.ir.units import format_bytes, format_duration
@@ -279,14 +279,19 @@ def _certificate_lines(plan: Plan) -> Iterator[str]:
             [
                 (
                     c.name,
-                    format_duration(c.objective),
-                    f"bound {format_duration(c.bound)}",
+                    _proved(c, c.objective),
+                    f"bound {_proved(c, c.bound)}",
                     f"{c.status}, gap {1 - c.bound / c.objective:.1%}",
                 )
                 for c in plan.certificates
             ],
             right=(1, 2),
         )
+
+
+def _proved(certificate: Certificate, value: float) -> str:
+    """An objective or a bound in the unit of its certificate."""
+    return format_bytes(round(value)) if certificate.unit else format_duration(value)
 
 
 def _candidate_lines(plan: Plan) -> Iterator[str]:

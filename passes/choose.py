@@ -19,6 +19,7 @@ from dovetail.passes.apply_moves import apply_moves
 from dovetail.passes.bound import bound
 from dovetail.passes.chosen import Chosen
 from dovetail.passes.cost import Costs
+from dovetail.passes.gpu_buffers import with_offsets
 from dovetail.passes.gpu_choose import choose_gpu
 from dovetail.passes.memory import ram_bytes
 from dovetail.passes.policies import POLICIES, chunked_prefill
@@ -47,7 +48,8 @@ def choose(
     an unknown policy.
     """
     if machine.accelerator is not None and "hbm" in budget:
-        return choose_gpu(graph, machine, budget, workload, policy, knobs, checkpoint)
+        plan = choose_gpu(graph, machine, budget, workload, policy, knobs, checkpoint)
+        return with_offsets(plan, graph)
     if policy != "auto" and policy not in POLICIES:
         known = ", ".join(["auto", *POLICIES])
         raise InputError(f"policy {policy!r} is not known; choose one of {known}")

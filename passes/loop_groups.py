@@ -59,8 +59,12 @@ def shapes(b: Builder) -> list[tuple[str, Shape]]:
         shares = {"hbm": device.kv_percent, "cpu": device.attention_cpu}
         shares["copied"] = 100 - sum(shares.values())
         left = [name for name, percent in shares.items() if percent]
+        percent = taken = 0
         for name in left:
-            seqs = round(work.decode.seqs * shares[name] / 100)
+            # Rounded as they add up, so that no sequence is lost between the shares.
+            percent += shares[name]
+            seqs = round(work.decode.seqs * percent / 100) - taken
+            taken += seqs
             if seqs:
                 part = Shape(seqs, 1, work.decode.past)
                 most = MAX_GROUPS // len(left)

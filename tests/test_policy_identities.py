@@ -22,6 +22,8 @@ from dovetail.passes.cost import Costs
 from dovetail.passes.gpu_cost import GpuCosts, Shape
 from dovetail.passes.gpu_predict import GpuPredictor
 from dovetail.passes.loop_body import TICK, Loop, StepWork, loop_body
+from dovetail.passes.loop_builder import Builder
+from dovetail.passes.loop_groups import shapes
 from dovetail.passes.loop_simulate import pace
 from dovetail.passes.policies.common import Knobs, Setting
 from dovetail.passes.policies.gpu import DEFAULTS, GPU_POLICIES, LINEARS, linears_share
@@ -252,3 +254,10 @@ def test_layered_steps_of_a_gpu_blend_mixed_and_decode_steps() -> None:
     for groups in (2, 4):
         layered = predictor.step(StepWork(decode, prompt, groups))[0]
         assert layered == pytest.approx(mixed / groups + plain * (1 - 1 / groups))
+
+
+def test_no_sequence_is_lost_between_places_of_its_attention() -> None:
+    for seqs in (1, 2, 3, 5):
+        layout = gpu_layout({"seqs": 6, "rows": 6, "kv_hbm": 40, "attention_cpu": 40})
+        b = Builder(layout, GpuCosts(EVEN, "float32"), StepWork(Shape(seqs, 1, 9), None), 0)
+        assert sum(shape.seqs for _, shape in shapes(b)) == seqs

@@ -12,6 +12,7 @@ from dovetail.ir.program import unroll
 from dovetail.ir.task_graph import TaskGraph
 from dovetail.ir.units import format_bytes, format_duration
 from dovetail.passes.apply_moves import Layout, apply_moves
+from dovetail.passes.gpu_buffers import check_offsets
 from dovetail.passes.lower import lower
 from dovetail.passes.predict import least_time, peaks, verify_layout
 
@@ -104,7 +105,9 @@ class PlanCheck:
         if self.layout.device is not None:
             plan = self.plan
             found = verify_layout(self.layout, plan.machine, plan.budget, plan.workload)
-            return Found(f"{found} are legal")
+            if wrong := check_offsets(plan, self.graph) if plan.offsets else []:
+                raise PlanError(f"the offsets of its buffers are wrong: {wrong[0]}; plan again")
+            return Found(f"{found} are legal, {len(plan.offsets)} buffers do not overlap")
         program = lower(self.layout, self.plan.budget)
         verify_program(program, self.graph)
         count = sum(len(list(unroll(items))) for items in program.engines.values())

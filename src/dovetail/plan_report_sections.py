@@ -253,8 +253,11 @@ def _details(plan: Plan) -> ET.Element:
         ("knobs", knobs_text(plan.knobs)),
     ]
     rows = [tag("tr", tag("th", name), tag("td", tag("code", text))) for name, text in identity]
-    proved = [(c.name, f"{c.objective:.6g}", f"{c.bound:.6g}", c.status) for c in plan.certificates]
-    head = ("what was solved", "reached", "bound", "status")
+    proved = [
+        (c.name, f"{c.objective:.6g}", f"{c.bound:.6g}", c.unit or "seconds", c.status)
+        for c in plan.certificates
+    ]
+    head = ("what was solved", "reached", "bound", "unit", "status")
     return section(
         "plan",
         "The plan",

@@ -11,10 +11,10 @@ from dovetail.ir.plan import Plan
 from dovetail.ir.timeline import Span, Timeline
 from dovetail.ir.workload import Workload
 from dovetail.passes.apply_moves import Layout
+from dovetail.passes.gpu_buffers import heaviest, pool_sizes
 from dovetail.passes.gpu_cost import GpuCosts
-from dovetail.passes.gpu_memory import tier_bytes, unit_sizes
 from dovetail.passes.gpu_predict import GpuPredictor, alike_layers
-from dovetail.passes.loop_body import Loop, StepWork
+from dovetail.passes.loop_body import StepWork
 from dovetail.passes.loop_simulate import held, timeline
 from dovetail.timeline_panel import ALL, Panel
 
@@ -65,8 +65,7 @@ def gpu_rings(
 ) -> tuple[Intervals, dict[str, tuple[int, int]]]:
     """For every pool of buffers, from when to when a layer's units are held in steady state, times
     folded into one layer; and how many there are and their bytes."""
-    work = _works(predictor, workload)[0]
-    layer = max(predictor.kinds, key=lambda kind: kind[1])[0]
+    work, layer = heaviest(predictor, workload)
     loop = predictor.loop(work, layer)
     count = 2 * WARM + 1
     spans = timeline(loop, count).spans
@@ -75,7 +74,7 @@ def gpu_rings(
         pool: [piece for span in some for piece in _folded(*span, begin, end - begin)]
         for pool, some in held(loop, count, WARM).items()
     }
-    sizes = _pool_sizes(predictor, loop)
+    sizes = pool_sizes(predictor, loop)
     return {pool: found[pool] for pool in found if pool in sizes}, sizes
 
 
@@ -121,27 +120,3 @@ def _folded(start: float, end: float, begin: float, period: float) -> Iterator[t
         stop, turns = min(end, start + period), start // period
         yield start - turns * period, stop - turns * period
         start = stop
-
-
-def _pool_sizes(predictor: GpuPredictor, loop: Loop) -> dict[str, tuple[int, int]]:
-    """Buffers of every pool in hbm and ram, and the bytes of one."""
-    layout, sizes = predictor.layout, unit_sizes(predictor.layout.graph)
-    device, pools = layout.device, loop.problem.pools
-    assert device is not None
-    used = tier_bytes(layout, predictor.costs.gpu.count)
-    sent = 1 - device.linears_cpu / 100
-    ring = layout.prefetch["experts"].slots * layout.chunk * max(sizes.expert, default=0)
-    found = {
-        "dense": max(sizes.dense, default=0) * sent,
-        "experts": ring * sent / max(1, pools.get("experts", 1)),
-        "staging": used["ram"]["staging"] / 2,
-        "kv": _staged_kv(predictor) / max(1, pools.get("kv", 1)),
-    }
-    return {pool: (pools[pool], round(found[pool])) for pool in pools if found.get(pool)}
-
-
-def _staged_kv(predictor: GpuPredictor) -> float:
-    """Bytes of KV that is copied for every step and in hbm at a time."""
-    layout = predictor.layout
-    group = layout.rows * -(-layout.dispatch.kv_tokens // layout.dispatch.seqs)
-    return 2.0 * group * max((b.kv.bytes_per_token for b in layout.graph.bodies if b.kv), default=0)
