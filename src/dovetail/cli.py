@@ -9,6 +9,7 @@ from pathlib import Path
 
 from dovetail import __version__
 from dovetail.ir.errors import DovetailError
+from dovetail.kernel_commands import kernels_parser
 from dovetail.system_errors import as_output_error
 from dovetail.tuning_cli import db_parser, tune_parser
 
@@ -71,6 +72,7 @@ def make_parser() -> argparse.ArgumentParser:
     _timeline_parser(actions.add_parser("timeline", help="write and draw the timeline"))
     _report_parser(actions.add_parser("report", help="write all of it as one page with charts"))
     tune_parser(commands.add_parser("tune", help="measure schedules and export the best plan"))
+    kernels_parser(commands.add_parser("kernels", help="a model's fused MoE kernels, as files"))
     db_parser(commands.add_parser("db", help="the tuning database: status, merge, prune, export"))
     return parser
 
