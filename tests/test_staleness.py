@@ -57,7 +57,7 @@ def test_message_is_one_line_with_the_gravest_first() -> None:
     found = compare(HERE, HERE | {"kernel": "6.2.0", "torch": "2.14.0+cpu"})
     assert found.message("plan.json") == (
         "plan.json was made for other software or another disk (torch 2.13.0+cpu -> 2.14.0+cpu; "
-        "kernel 6.1.0 -> 6.2.0): its best 5 are timed again against the default before one is used"
+        "kernel 6.1.0 -> 6.2.0): tune again, which times its best 5 against the default first"
     )
 
 

@@ -38,10 +38,10 @@ class Grade(StrEnum):
 
 ACTIONS = {
     Grade.SAME: "used as it is",
-    Grade.NEAR: "used; its winner is timed against the default once",
-    Grade.RECOMPILED: f"its best {TOP} are timed again against the default before one is used",
-    Grade.COUSIN: "used only to begin a search with; tune on this machine",
-    Grade.FOREIGN: "not used; tune on this machine",
+    Grade.NEAR: "used; `dovetail tune` times its winner against the default once more",
+    Grade.RECOMPILED: f"tune again, which times its best {TOP} against the default first",
+    Grade.COUSIN: "tune again, for which it is no more than a place to begin",
+    Grade.FOREIGN: "tune again; what was measured there says nothing here",
 }
 """What is done with a record of each grade."""
 

@@ -30,7 +30,7 @@ from dovetail.plan_commands import written
 from dovetail.planning import PLAN_FILE, Request, plan_apart
 from dovetail.run import ram_budget
 from dovetail.runtime import calibrate_host as host
-from dovetail.staleness import Grade, code_digest, compare
+from dovetail.staleness import TOP, Grade, code_digest, compare
 from dovetail.tune_clock import Clock
 from dovetail.tune_correct import correct
 from dovetail.tune_measure import Measurer
@@ -48,8 +48,8 @@ from dovetail.tuning_db.facts import Key, Protocol, Stop, Task, Trial, Tuning
 from dovetail.tuning_db.trials import Trials
 from dovetail.tuning_db.winners import ranked
 
-SEEDS = 5
-"""So many of the best of other environments are timed first."""
+SEEDS = TOP
+"""So many of the best of another environment are timed first, of a near one its winner."""
 
 
 def tune(options: argparse.Namespace) -> int:
@@ -256,7 +256,8 @@ class Tuner:
             if other == key or staleness.grade is Grade.FOREIGN:
                 continue
             trials = self._trials.of(other)
-            best = [t for t in ranked(trials) if self._space.holds(t.knobs)][:SEEDS]
+            count = 1 if staleness.grade is Grade.NEAR else SEEDS
+            best = [t for t in ranked(trials) if self._space.holds(t.knobs)][:count]
             if best:
                 note(staleness.message(f"{len(trials)} trials in the database"))
             found += [self._space.complete(_point(t)) for t in best]
