@@ -25,12 +25,10 @@ from dovetail.ir.batching import Group, Step
 from dovetail.ir.expert_dispatch import ExpertDispatch, next_home
 from dovetail.ir.expert_placement import ExpertPlacement
 from dovetail.ir.expert_rows import (
-    NUMBER,
     TOKEN_ROW,
     carried,
     kv_row,
     sum_dtype,
-    value_bytes,
     value_shape,
 )
 from dovetail.ir.placement import experts_of
@@ -44,7 +42,7 @@ from dovetail.runtime.kv_store import KvStore
 from dovetail.runtime.pools import torch_dtype
 from dovetail.runtime.rank_weights import Function, RankWeights, layer_codes
 from dovetail.runtime.safetensors_index import CheckpointIndex
-from dovetail.runtime.step_tokens import Part, StepTokens, by_row, rows_of
+from dovetail.runtime.step_tokens import Part, StepTokens, by_row, carried_rows, rows_of
 from dovetail.runtime.weight_store import Tensors
 
 Ints = NDArray[np.int64]
@@ -178,7 +176,7 @@ class ExpertParallel:
         chosen = self._chosen(layer, tokens)
         moving = [part for part in self._parts if part.moving]
         values = carried(self.graph, self.program.segments, layer)
-        rows = _carried_rows(moving, values)
+        rows = carried_rows(moving, values)
         home = chosen.home[len(chosen.home) - len(rows) :]
         sums, arrived = self._exchanges.run(
             chosen, rows, home, expert, self.weights.experts[layer], self._combine(layer, tokens)
@@ -294,14 +292,3 @@ class ExpertParallel:
             slots = where[own, 1].long()
             for arena, new in zip(self.kv.arenas(layer), (keys, values), strict=True):
                 arena.index_copy_(0, slots, new[own].view(-1, *arena.shape[1:]))
-
-
-def _carried_rows(parts: Sequence[Part], values: Mapping[str, Value]) -> Tensor:
-    """The rows that tokens take along when they move, part by part."""
-    width = sum(map(value_bytes, values.values())) + NUMBER
-    rows = [torch.empty((0, width), dtype=torch.uint8)]
-    for part in parts:
-        count = len(part.numbers)
-        columns = [part.state.values[name].reshape(count, -1) for name in values]
-        rows.append(packed(*columns, torch.from_numpy(part.numbers).to(torch.int32)))
-    return torch.cat(rows)

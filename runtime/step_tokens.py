@@ -1,6 +1,6 @@
 """The tokens of a step on all ranks, and the parts of them that one rank runs."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +10,9 @@ from torch import Tensor
 
 from dovetail.ir.batching import Group, Step
 from dovetail.ir.expert_dispatch import owners
+from dovetail.ir.expert_rows import NUMBER, value_bytes
+from dovetail.ir.task_graph import Value
+from dovetail.runtime.exchange import packed
 from dovetail.runtime.group_state import GroupState
 from dovetail.runtime.kv_store import KvGroup, KvStore
 
@@ -129,3 +132,14 @@ def rows_of(group: Group, rows: Sequence[int]) -> Group:
 def by_row(values: Tensor, seqs: int, rows: Sequence[int]) -> Tensor:
     """Rows of a value with one row for each sequence; one that all share stays as it is."""
     return values[torch.tensor(rows)] if values.shape[0] == seqs else values
+
+
+def carried_rows(parts: Sequence[Part], values: Mapping[str, Value]) -> Tensor:
+    """The rows that tokens take along when they move, part by part."""
+    width = sum(map(value_bytes, values.values())) + NUMBER
+    rows = [torch.empty((0, width), dtype=torch.uint8)]
+    for part in parts:
+        count = len(part.numbers)
+        columns = [part.state.values[name].reshape(count, -1) for name in values]
+        rows.append(packed(*columns, torch.from_numpy(part.numbers).to(torch.int32)))
+    return torch.cat(rows)
