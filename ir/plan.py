@@ -10,7 +10,6 @@ from typing import Literal
 from dovetail.ir import codec
 from dovetail.ir.errors import PlanError
 from dovetail.ir.kernel_layer import KernelReference
-from dovetail.ir.kernel_layer import KernelReference
 from dovetail.ir.machine import Machine
 from dovetail.ir.moves import Move
 from dovetail.ir.workload import Workload
@@ -143,8 +142,6 @@ class Plan:
     """Bytes from the start of its tier's buffers at which each buffer of a GPU plan lies, by tier,
     kind, number and layer of the steady state."""
     tuning: Evidence | None = field(default=None, metadata=codec.LATER)
-    kernels: tuple[KernelReference, ...] = field(default=(), metadata=codec.LATER)
-    """GPU kernels that the plan's executor runs, with their sources beside the plan."""
     kernels: tuple[KernelReference, ...] = field(default=(), metadata=codec.LATER)
     """GPU kernels that the plan's executor runs, with their sources beside the plan."""
 
