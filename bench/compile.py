@@ -198,7 +198,7 @@ def _row(
 
 def _table(rows: Sequence[Row]) -> str:
     lines = [
-        "| door | case | eager, ms | compiled / eager: median (least to most) | other cores | used |",
+        "| door | case | eager, ms | compiled / eager: median (range) | other cores | used |",
         "|---|---|---|---|---|---|",
     ]
     for row in rows:

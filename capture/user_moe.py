@@ -107,16 +107,20 @@ def recognise(block: nn.Module, path: str = "") -> UserMoe | str:
     example = next(block.parameters())
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, _TOKENS, parts.width, generator=generator).to(example)
-    training = block.training
+    training, why = block.training, ""
     try:
         with torch.no_grad():
             block.train(False)
-            return _recognise(block, parts, x, path)
-    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
-        text = str(error).partition("\n")[0]
-        return f"it does not run on [1, {_TOKENS}, {parts.width}]: {type(error).__name__}: {text}"
+            # Some blocks take sequences of tokens, some take tokens.
+            for tokens in (x, x[0]):
+                try:
+                    return _recognise(block, parts, tokens, path)
+                except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
+                    text = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+                    why = why or f"it does not run on {list(tokens.shape)}: {text}"
     finally:
         block.train(training)
+    return why
 
 
 def _recognise(block: nn.Module, parts: _Parts, x: Tensor, path: str) -> UserMoe | str:

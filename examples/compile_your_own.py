@@ -58,26 +58,33 @@ with torch.no_grad():
 print(twice)
 
 
-# %% What is not recognised runs as it is, and a warning names it.
+# %% A Python loop over experts is recognised by what it computes.
 class Loop(nn.Module):
-    """Routed experts behind a Python loop."""
+    """Routed experts as many write them."""
 
-    def __init__(self) -> None:
+    def __init__(self, capacity: int | None = None) -> None:
         super().__init__()
-        self.router = nn.Linear(32, 4, bias=False)
-        self.experts = nn.ModuleList(nn.Linear(32, 32) for _ in range(4))
+        self.router = nn.Linear(32, 16, bias=False)
+        self.experts = nn.ModuleList(nn.Linear(32, 32) for _ in range(16))
+        self.capacity = capacity
 
     def forward(self, x: Tensor) -> Tensor:
         """``x [tokens, 32]``."""
         weights, index = self.router(x).softmax(-1).topk(2, -1)
         out = torch.zeros_like(x)
         for number, expert in enumerate(self.experts):
-            rows, place = torch.where(index == number)
+            rows, place = (found[: self.capacity] for found in torch.where(index == number))
             out.index_add_(0, rows, expert(x[rows]) * weights[rows, place, None])
         return out
 
 
 loop = dovetail.compile(Loop().eval())
 with torch.no_grad():
-    loop(torch.randn(5, 32))
+    loop(torch.randn(1, 32))
 print(loop.explain())
+
+# %% What is not recognised runs as it is, and a warning says what was found.
+capped = dovetail.compile(Loop(capacity=3).eval())
+with torch.no_grad():
+    capped(torch.randn(5, 32))
+print(capped.explain())

@@ -5,7 +5,7 @@ that an expert's weights are read once and its products are as tall as they can 
 one expert's rows is ever materialised, unlike in a grouped product over all of them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -64,16 +64,40 @@ def run_experts(
         parts = (y.to(shares.dtype) * shares).to(_sum_dtype(x.dtype))
         ordered = torch.empty_like(parts).index_copy_(0, by_expert, parts)
         return ordered.view(*index.shape, -1).sum(1).to(x.dtype)
+
+    def run(expert: int, own: Tensor) -> Tensor:
+        y = _expert(own, expert, weights, activate)
+        return finish(y) if finish is not None else y
+
+    return _one_by_one(x, rows, counts[: weights.count], shares, run)
+
+
+def run_expert_modules(
+    x: Tensor, index: Tensor, weight: Tensor, experts: Sequence[Activation]
+) -> Tensor:
+    """Like ``run_experts`` for experts of any kind, each called once with all of its tokens and
+    not at all if it has none."""
+    by_expert, counts, shares = _sorted(index, weight, len(experts))
+    rows = by_expert // index.shape[-1]
+    return _one_by_one(x, rows, counts, shares, lambda expert, own: experts[expert](own))
+
+
+def _one_by_one(
+    x: Tensor,
+    rows: Tensor,
+    counts: list[int],
+    shares: Tensor,
+    run: Callable[[int, Tensor], Tensor],
+) -> Tensor:
+    """The sum of ``run(expert, its tokens)``, weighted by ``shares``; ``rows`` are the tokens of
+    the first expert, then of the second, and so on."""
     total = x.new_zeros(x.shape, dtype=_sum_dtype(x.dtype))
     start = 0
     for expert, count in enumerate(counts):
-        if not count or expert >= weights.count:
-            start += count
-            continue
-        own = rows[start : start + count]
-        y = _expert(x.index_select(0, own), expert, weights, activate)
-        y = finish(y) if finish is not None else y
-        total.index_add_(0, own, y.to(total.dtype) * shares[start : start + count])
+        if count:
+            own = rows[start : start + count]
+            y = run(expert, x.index_select(0, own))
+            total.index_add_(0, own, y.to(total.dtype) * shares[start : start + count])
         start += count
     return total.to(x.dtype)
 

@@ -237,15 +237,45 @@ def test_class_decorator_keeps_the_class() -> None:
     assert torch.equal(made.double()(x.double()), plain.double()(x.double()))
 
 
+class Capped(Block):
+    """An expert takes no more than three tokens: not what the router says alone."""
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        weights, index = self.router(x).softmax(-1).topk(self.top_k, -1)
+        out = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            rows, place = (found[:3] for found in torch.where(index == number))
+            out.index_add_(0, rows, expert(x[rows]) * weights[rows, place, None])
+        return out * scale
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_python_loop_over_experts_is_scheduled(
+    fastest: Callable[[str], None], whole: bool
+) -> None:
+    fastest("dovetail")
+    plain = (Block() if whole else nn.Sequential(nn.Linear(16, 16), Block())).eval()
+    compiled: Any = dovetail.compile(plain)
+    for tokens in (1, 9):
+        x = torch.randn(tokens, 16)
+        torch.testing.assert_close(compiled(x), plain(x))
+    assert list(compiled.plan.regions) == ["" if whole else "1"]
+    assert {choice.winner for choice in compiled.plan.choices} == {"dovetail"}
+    assert "top 2 by softmax" in compiled.explain()
+    if whole:
+        # Arguments that the rule was not found with.
+        torch.testing.assert_close(compiled(x, scale=3.0), plain(x, 3.0))
+
+
 def test_what_is_not_recognised_runs_as_it_is_and_is_named(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    plain = nn.Sequential(nn.Linear(16, 16), Block()).eval()
+    plain = nn.Sequential(nn.Linear(16, 16), Capped()).eval()
     compiled: Any = dovetail.compile(plain)
     x = torch.randn(5, 16)
     assert torch.equal(compiled(x), plain(x))
-    assert "1 (Block): 4 modules of Linear in 'experts' and the router 'router'" in caplog.text
-    assert "runs as it is" in compiled.explain()
+    assert "1 (Capped) has 4 experts of one shape in 'experts' and a router" in caplog.text
+    assert "tokens go to 0 to 2 experts" in compiled.explain()
     assert "nothing to schedule" in repr(compiled)
 
 

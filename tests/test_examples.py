@@ -16,7 +16,12 @@ EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 SAYS = {
     "load_checkpoint.py": ("nothing has run yet", "12.00 MiB", "generated_text", "ms busy"),
     "compile_model.py": ("nothing has run yet", "ratio to eager", "'given'"),
-    "compile_your_own.py": ("3 regions of 1 kinds", "function compiled by dovetail", "Python loop"),
+    "compile_your_own.py": (
+        "3 regions of 1 kinds",
+        "function compiled by dovetail",
+        "top 2 by softmax",
+        "but runs as it is",
+    ),
     "torch_compile.py": ("regions of routed experts are scheduled", "3 x 12"),
     "hf_experts.py": ("largest difference from eager",),
 }

@@ -42,10 +42,10 @@ def explain_module(plan: ModulePlan, generation: "CompiledGenerate | None") -> s
     for kind in sorted(set(plan.regions.values())):
         paths = [path for path, own in plan.regions.items() if own == kind]
         more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
-        parts.append(f"{paths[0]}{more}: {kind}")
+        parts.append(f"{paths[0] or 'the module itself'}{more}: {kind}")
         parts += _choices([c for c in plan.choices if c.region == kind], "tokens")
     for note in plan.notes:
-        parts.append(f"runs as it is: {note}")
+        parts.append(note)
     if generation is not None:
         parts += _generation(generation)
     if not plan.regions and generation is None:

@@ -63,7 +63,9 @@ class ModuleSchedule:
         begin = time.perf_counter()
         self._open = []
         with scheduled_by(self):
-            result = self._forward(self._module, *arguments, **options)
+            # A block may be a region as a whole.
+            run = self.run_region if "" in self.regions else _plain
+            result = run(self._module, self._forward, arguments, dict(options))
         span = _span("module", -1, begin, time.perf_counter(), self._calls)
         self._spans.append((*self._open, span))
         self._calls += 1
@@ -76,24 +78,28 @@ class ModuleSchedule:
         self._found = True
         found, notes = find_regions(self._module)
         for note in notes:
-            log.warning("%s; it runs as it is", note)
+            log.warning("%s", note)
         self.notes = notes
         for region in found:
             self.regions[region.path] = region
             self._by_module[id(region.module)] = region
-            install(region.module)
+            if region.path:
+                install(region.module)
+        # Looking for regions runs blocks, which are no calls of the user's.
+        self._spans.clear()
+        self._calls = 0
 
     def run_region(
         self, module: nn.Module, own: Forward, arguments: tuple[Any, ...], options: dict[str, Any]
     ) -> Any:
         """A region's result, by the way that was chosen for its bucket."""
         region = self._by_module.get(id(module))
-        if region is None:
+        if region is None or not region.accepts(arguments, options):
             return own(module, *arguments, **options)
         begin = time.perf_counter()
         way = self._chosen(region, own, arguments, options)
         result = way(module, *arguments, **options)
-        name, number = region.path.rsplit(".", 1)[-1], region.layer
+        name, number = region.path.rsplit(".", 1)[-1] or "block", region.layer
         self._open.append(_span(name, number, begin, time.perf_counter(), self._calls))
         return result
 
@@ -193,6 +199,12 @@ class ModuleSchedule:
             for s in spans
         )
         return Timeline("measured", tuple(moved))
+
+
+def _plain(
+    module: nn.Module, own: Forward, arguments: tuple[Any, ...], options: dict[str, Any]
+) -> Any:
+    return own(module, *arguments, **options)
 
 
 def _span(name: str, layer: int, begin: float, end: float, step: int) -> Span:

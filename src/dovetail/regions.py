@@ -1,9 +1,10 @@
 """Regions of a module in memory: submodules that can be computed in more than one way.
 
-Today these are the routed experts of transformers' models and of modules in their interface.
+These are the routed experts of transformers' models, and users' own blocks (a Python loop over a
+ModuleList) whose routing is recognised by what they compute.
 """
 
-import logging
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dovetail.capture.user_moe import UserMoe, find_user_moe, routed_forward
 from dovetail.hf_experts import experts_forward
+from dovetail.runtime.routed_experts import run_expert_modules
 
-log = logging.getLogger(__name__)
 BATCHED_TOKENS = 8
 """Above so many tokens the batched implementation, which copies every token's experts, is not
 tried: it takes ten times as long as the others and that much memory."""
@@ -22,19 +24,28 @@ Implementation = Callable[..., Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """A submodule at ``path`` of some ``kind`` (regions of a kind share choices)."""
+    """A submodule at ``path`` of some ``kind`` (regions of a kind share choices). ``routing`` is
+    the rule of a user's own block; transformers' experts have none."""
 
     path: str
     kind: str
     module: nn.Module
+    routing: UserMoe | None = None
 
     @property
     def layer(self) -> int:
         """The number of the layer that it is in, -1 outside of layers."""
         return next((int(part) for part in self.path.split(".") if part.isdigit()), -1)
 
+    def accepts(self, arguments: tuple[Any, ...], options: Mapping[str, Any]) -> bool:
+        """Whether a call is one that other implementations know: a user's block is recognised with
+        its hidden states alone, every further argument at its default."""
+        return self.routing is None or (len(arguments) == 1 and not options)
+
     def implementations(self, tokens: int) -> Mapping[str, Implementation]:
         """Ways to compute it other than its own, by name, called as ``(module, *inputs)``."""
+        if self.routing is not None:
+            return {"dovetail": _routed(self.module, self.routing)}
         from transformers.integrations import moe
 
         config: Any = self.module.config
@@ -48,55 +59,47 @@ class Region:
         return {name: run for name, run in found.items() if name != own}
 
 
+def _routed(block: nn.Module, routing: UserMoe) -> Implementation:
+    """A user's block with its experts run as ``run_expert_modules``."""
+    experts = list(block.get_submodule(routing.experts).children())
+    forward = routed_forward(block, routing, lambda x, i, w: run_expert_modules(x, i, w, experts))
+    return lambda module, hidden_states: forward(hidden_states)
+
+
 def find_regions(module: nn.Module) -> tuple[list[Region], list[str]]:
-    """The regions of ``module``, and what looks like routed experts but is not understood."""
+    """The regions of ``module``, and for what only looks like routed experts why it is none.
+
+    Runs the blocks that may be a user's own on a few random tokens, to see what they compute.
+    """
     found = [
         Region(path, _kind(child), child)
         for path, child in module.named_modules()
         if path and hasattr(child, "_apply_gate") and hasattr(child, "is_transposed")
     ]
-    known = {region.path for region in found}
-    notes = [
-        f"{path or 'the module itself'} ({type(child).__name__}): {why}"
-        for path, child in module.named_modules()
-        if path not in known and (why := _unrecognised(child)) is not None
-    ]
+    if any(weight.is_meta for weight in module.parameters()):
+        return found, []
+    blocks, notes = find_user_moe(module)
+    for block in blocks:
+        own = module.get_submodule(block.path)
+        rule = f"top {block.top_k} by {block.scores}{', normalised' if block.normalised else ''}"
+        found.append(Region(block.path, f"{_kind(own)}, {rule}", own, block))
     return found, notes
 
 
 def _kind(module: nn.Module) -> str:
-    shapes = ", ".join(f"{n} {list(p.shape)}" for n, p in module.named_parameters())
+    """What regions with the same choices share: class, shapes, dtype, device, threads."""
+    shapes: dict[str, int] = {}
+    for name, weight in module.named_parameters():
+        text = f"{re.sub('[0-9]+', '#', name)} {list(weight.shape)}"
+        shapes[text] = shapes.get(text, 0) + 1
+    said = ", ".join(f"{n} x {text}" if n > 1 else text for text, n in shapes.items())
     first = next(module.parameters())
-    threads = torch.get_num_threads()
-    act = type(getattr(module, "act_fn", None)).__name__
+    act = getattr(module, "act_fn", None)
     return (
-        f"{type(module).__name__}({shapes}) {str(first.dtype).removeprefix('torch.')} on "
-        f"{first.device.type}, {act}, {threads} threads"
+        f"{type(module).__name__}({said}) {str(first.dtype).removeprefix('torch.')} on "
+        f"{first.device.type}{f', {type(act).__name__}' if act is not None else ''}, "
+        f"{torch.get_num_threads()} threads"
     )
-
-
-def _unrecognised(module: nn.Module) -> str | None:
-    """Why a module that has experts, as far as one can see, runs as it is."""
-    for name, experts in module.named_children():
-        if not isinstance(experts, nn.ModuleList) or len(experts) < 2:
-            continue
-        count = len(experts)
-        routers = [
-            other
-            for other, linear in module.named_children()
-            if isinstance(linear, nn.Linear) and linear.out_features == count
-        ]
-        if routers and len({_shape(expert) for expert in experts}) == 1:
-            return (
-                f"{count} modules of {type(experts[0]).__name__} in {name!r} and the router "
-                f"{routers[0]!r} look like routed experts behind a Python loop"
-            )
-    return None
-
-
-def _shape(module: nn.Module) -> tuple[object, ...]:
-    shapes = tuple((name, tuple(p.shape)) for name, p in module.named_parameters())
-    return type(module), shapes
 
 
 def inputs_of(arguments: tuple[Any, ...], options: Mapping[str, Any]) -> Iterator[Tensor]:
