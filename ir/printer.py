@@ -281,7 +281,7 @@ def _certificate_lines(plan: Plan) -> Iterator[str]:
                     c.name,
                     _proved(c, c.objective),
                     f"bound {_proved(c, c.bound)}",
-                    f"{c.status}, gap {1 - c.bound / c.objective:.1%}",
+                    f"{c.status}, gap {c.gap:.1%}",
                 )
                 for c in plan.certificates
             ],

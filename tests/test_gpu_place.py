@@ -115,6 +115,13 @@ def test_without_a_trace_the_placement_is_proved_too() -> None:
     assert not any(isinstance(m, Place) and m.which for m in made.moves)
 
 
+def test_a_plan_that_copies_nothing_can_be_printed() -> None:
+    made = choose(GRAPH, MACHINE, sizes("olmoe", 8.0), WORKLOAD)
+    (found,) = [c for c in made.certificates if c.name.startswith("placement: ")]
+    assert found.objective == 0 and found.status == "optimal"
+    assert "gap 0.0%" in print_plan(made)
+
+
 def test_loads_add_up_whatever_the_routing() -> None:
     experts = experts_of(GRAPH, 0)
     assert experts is not None

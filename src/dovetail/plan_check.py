@@ -107,7 +107,8 @@ class PlanCheck:
             found = verify_layout(self.layout, plan.machine, plan.budget, plan.workload)
             if wrong := check_offsets(plan, self.graph) if plan.offsets else []:
                 raise PlanError(f"the offsets of its buffers are wrong: {wrong[0]}; plan again")
-            return Found(f"{found} are legal, {len(plan.offsets)} buffers do not overlap")
+            apart = f", {len(plan.offsets)} buffers do not overlap" if plan.offsets else ""
+            return Found(f"{found} are legal{apart}")
         program = lower(self.layout, self.plan.budget)
         verify_program(program, self.graph)
         count = sum(len(list(unroll(items))) for items in program.engines.values())
