@@ -5,6 +5,7 @@ Every policy searches its free knobs by a short simulation; its best few are sim
 others' answers: it is never predicted worse than any of them.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -22,10 +23,13 @@ from dovetail.passes.gpu_memory import HBM_SHARE, RAM_SHARE, tier_bytes
 from dovetail.passes.gpu_overlap import overlap
 from dovetail.passes.gpu_place import place
 from dovetail.passes.gpu_predict import GpuPredictor
+from dovetail.passes.gpu_residency import Residency, inside, residency, shortage
 from dovetail.passes.policies.common import Knobs
 from dovetail.passes.policies.gpu import GPU_POLICIES, GpuPolicy, GpuSetting, ladders, moves, starts
 from dovetail.solvers.ladder_search import LadderSearch
 
+ENOUGH = 0.001
+"""Share of its time by which another schedule must promise to be better to be looked at."""
 CLIMBS, FINALISTS = 2, 4
 """Starts from which a policy's search climbs, and schedules of each policy that are simulated."""
 
@@ -54,21 +58,21 @@ def choose_gpu(
     choices: list[Chosen] = []
     candidates: list[Candidate] = []
     for name in names:
-        more = [c.knobs for c in choices] if name == "joint" else []
-        found = search.best_of(GPU_POLICIES[name], knobs, more)
+        if name == "joint" and not knobs:
+            found = search.joint(choices)
+        else:
+            found = search.best_of(GPU_POLICIES[name], knobs)
         choices += found
         candidates += [Candidate(c.policy, dict(c.knobs), c.prediction.seconds) for c in found]
         if not found:
             candidates.append(Candidate(name, {}, None, _refusal(budget)))
     if not choices:
-        raise BudgetError(_too_small(setting, budget))
+        raise BudgetError(_too_small(setting, GpuCosts(machine, graph.dtype), budget))
     best = min(choices, key=lambda c: c.prediction.seconds)
     certificates: tuple[Certificate, ...] = ()
     if policy == "auto":
         # A published policy keeps its own places and order; ours may take the solvers'.
-        best, placed = search.placed(best)
-        best, certificates = search.overlapped(best)
-        certificates = (*placed, *certificates)
+        best, certificates = search.polished(choices)
         chosen = (best.policy, dict(best.knobs))
         candidates = [
             replace(c, seconds=best.prediction.seconds) if (c.policy, c.knobs) == chosen else c
@@ -84,19 +88,32 @@ class _Search:
     def __init__(self, setting: GpuSetting, costs: GpuCosts) -> None:
         self._setting, self._costs = setting, costs
         self._ladders = ladders(setting)
+        self._solved = Residency((), (), None, 0.0)
 
-    def best_of(self, policy: GpuPolicy, fixed: Knobs | None, more: list[Knobs]) -> list[Chosen]:
-        """The policy's best schedules, simulated, best first; the search begins at its own starts,
-        then again at ``more``."""
+    def best_of(self, policy: GpuPolicy, fixed: Knobs | None) -> list[Chosen]:
+        """The policy's best schedules, simulated, best first."""
         if fixed:
-            found: list[list[Knobs]] = [[fixed]]
+            choices = self._finalists(policy, [fixed])
         else:
-            free = {name: self._ladders[name] for name in policy.free}
-            solver = LadderSearch(self._seconds, free)
-            begins = [list(starts(self._setting, policy)), more]
-            found = [list(solver.solve(points, CLIMBS).value) for points in begins if points]
-        choices = [c for points in found for c in self._finalists(policy, points)]
+            choices = self._climbed(policy, list(starts(self._setting, policy)))
         return sorted(choices, key=lambda c: c.prediction.seconds)
+
+    def joint(self, others: Sequence[Chosen]) -> list[Chosen]:
+        """The best schedules of all knobs at once: the integer program's answers as they are, what
+        a search finds around them, and what it finds around the others' schedules."""
+        policy, known = GPU_POLICIES["joint"], [c.prediction.seconds for c in others]
+        self._solved = residency(self._setting, self._costs, min(known, default=None))
+        answers = list(self._solved.knobs)
+        choices = [c for k in answers if (c := self._simulated(policy, k)) is not None]
+        points = [c.knobs for c in sorted(others, key=lambda c: c.prediction.seconds)]
+        begins = [answers, points] if answers else [list(starts(self._setting, policy)), points]
+        choices += [c for b in begins if b for c in self._climbed(policy, b)]
+        return sorted(choices, key=lambda c: c.prediction.seconds)
+
+    def _climbed(self, policy: GpuPolicy, begin: Sequence[Knobs]) -> list[Chosen]:
+        free = {name: self._ladders[name] for name in policy.free}
+        solver = LadderSearch(self._seconds, free)
+        return self._finalists(policy, list(solver.solve(begin, CLIMBS).value))
 
     def _finalists(self, policy: GpuPolicy, points: Sequence[Knobs]) -> list[Chosen]:
         """The best few, no two with the same number of sequences in flight."""
@@ -109,6 +126,32 @@ class _Search:
                 if choice is not None:
                     choices[knobs["seqs"]] = choice
         return list(choices.values())
+
+    def polished(self, choices: Sequence[Chosen]) -> tuple[Chosen, tuple[Certificate, ...]]:
+        """The best of all with the solvers' places and order, and what is proved: the simulated
+        best, and then the integer program's answers while one may still be better."""
+        best = min(choices, key=lambda c: c.prediction.seconds)
+        best, certificates = self._scheduled(best)
+        inner = [best.prediction.seconds] if inside(best.knobs) else []
+        tried = {str(sorted(best.knobs.items()))}
+        for knobs, floor in zip(self._solved.knobs, self._solved.floors, strict=True):
+            least = min(inner, default=math.inf)
+            again = str(sorted(knobs.items())) in tried
+            if again or floor >= min(least, best.prediction.seconds) * (1 - ENOUGH):
+                continue
+            choice = next(c for c in choices if c.knobs == knobs)
+            choice, proved = self._scheduled(choice)
+            inner.append(choice.prediction.seconds)
+            if choice.prediction.seconds < best.prediction.seconds:
+                best, certificates = choice, proved
+        inner += [c.prediction.seconds for c in choices if inside(c.knobs)]
+        solved = self._solved.certificate(min(inner, default=None))
+        return best, (*solved, *certificates)
+
+    def _scheduled(self, choice: Chosen) -> tuple[Chosen, tuple[Certificate, ...]]:
+        choice, placed = self.placed(choice)
+        choice, overlapped = self.overlapped(choice)
+        return choice, (*placed, *overlapped)
 
     def placed(self, choice: Chosen) -> tuple[Chosen, tuple[Certificate, ...]]:
         """The choice with the placement solver's tiers where they make it faster, and what is
@@ -156,12 +199,21 @@ def _refusal(budget: Mapping[str, int]) -> str:
     return f"no schedule tried fits {sizes}"
 
 
-def _too_small(setting: GpuSetting, budget: Mapping[str, int]) -> str:
+def _too_small(setting: GpuSetting, costs: GpuCosts, budget: Mapping[str, int]) -> str:
     least = {name: format_bytes(size, up=True) for name, size in smallest(setting).items()}
-    return (
+    text = (
         f"{_refusal(budget)}; one sequence at a time needs hbm={least['hbm']} and "
         f"ram={least['ram']}: give at least that, or shorter prompts"
     )
+    found, shares = shortage(setting, costs), {"hbm": HBM_SHARE, "ram": RAM_SHARE}
+    needs = {tier: format_bytes(int(n / shares[tier]), up=True) for tier, n in found.least.items()}
+    if found.binding:
+        binding = " and ".join(found.binding)
+        text += f". Proved: {binding} too small whatever the other budgets"
+    if found.binding and needs:
+        each = " or ".join(f"{tier}={size}" for tier, size in needs.items())
+        text += f"; as they are, no less than {each} can do"
+    return text
 
 
 def smallest(setting: GpuSetting) -> dict[str, int]:

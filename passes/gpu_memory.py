@@ -23,13 +23,16 @@ def tier_bytes(layout: Layout, gpus: int) -> dict[str, dict[str, int]]:
 
 @dataclass(frozen=True, slots=True)
 class UnitSizes:
-    """Bytes of a model's units: layer by layer for dense weights, one expert's, and how many."""
+    """Bytes of a model's units: layer by layer for dense weights, one expert's, and how many; of
+    KV for a token, in all layers and in that with the most."""
 
     embed: int
     head: int
     dense: tuple[int, ...]
     expert: tuple[int, ...]
     experts: tuple[int, ...]
+    kv: int
+    kv_layer: int
 
 
 def unit_sizes(graph: TaskGraph) -> UnitSizes:
@@ -44,6 +47,8 @@ def unit_sizes(graph: TaskGraph) -> UnitSizes:
             dense=tuple(_size(dense_weights(graph.body(i))) for i in layers),
             expert=tuple(e.nbytes if e else 0 for e in specs),
             experts=tuple(e.count if e else 0 for e in specs),
+            kv=graph.kv_bytes_per_token,
+            kv_layer=max((b.kv.bytes_per_token for b in graph.bodies if b.kv), default=0),
         )
         known = _SIZES[id(graph)] = (graph, sizes)
     return known[1]
@@ -72,12 +77,11 @@ def _hbm(layout: Layout, device: Device, gpus: int) -> dict[str, int]:
             chunk = max(chunk, math.ceil(layout.chunk * nbytes * sent))
     if chunk:
         rings += layout.prefetch["experts"].slots * chunk
-    kv = layout.dispatch.kv_tokens * graph.kv_bytes_per_token
+    kv = layout.dispatch.kv_tokens * sizes.kv
     staged = 0
     if device.kv_percent + device.attention_cpu < 100:
         group = layout.rows * math.ceil(layout.dispatch.kv_tokens / layout.dispatch.seqs)
-        per_layer = max((b.kv.bytes_per_token for b in graph.bodies if b.kv), default=0)
-        staged = 2 * group * per_layer
+        staged = 2 * group * sizes.kv_layer
     return {
         "resident": resident,
         "rings": rings,
@@ -88,7 +92,7 @@ def _hbm(layout: Layout, device: Device, gpus: int) -> dict[str, int]:
 
 
 def _ram(layout: Layout, device: Device) -> dict[str, int]:
-    graph, sizes = layout.graph, unit_sizes(layout.graph)
+    sizes = unit_sizes(layout.graph)
     resident = (not device.embed) * sizes.embed + (not device.head) * sizes.head
     staging = 0
     for layer, dense in enumerate(sizes.dense):
@@ -101,7 +105,7 @@ def _ram(layout: Layout, device: Device) -> dict[str, int]:
         resident += min(left, layout.experts_resident[layer]) * sizes.expert[layer]
         if left > layout.experts_resident[layer]:
             staging = max(staging, 2 * layout.chunk * sizes.expert[layer])
-    kv = layout.dispatch.kv_tokens * graph.kv_bytes_per_token
+    kv = layout.dispatch.kv_tokens * sizes.kv
     return {
         "resident": resident,
         "staging": staging,

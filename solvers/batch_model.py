@@ -3,7 +3,9 @@
 CP-SAT rather than a MIP code: its limit is deterministic work and not seconds, so the same problem
 gives the same answer everywhere; whole ticks and bytes leave nothing to round; and "exactly one
 option of every role" is what it branches on. Options that another option of their role beats or
-equals in every row and every tier are left out first.
+equals in every row and every tier are left out first. CP-SAT's presolve keeps all
+solutions: with its reductions ortools 9.15 called an answer optimal that was 1.4 % above the
+optimum of a program of this kind.
 """
 
 from collections.abc import Iterator, Mapping
@@ -13,7 +15,7 @@ from typing import Literal
 import numpy as np
 from ortools.sat.python import cp_model
 
-from dovetail.solvers.batch_problem import Batch, Choice, Option, tiers_of
+from dovetail.solvers.batch_problem import Batch, Choice, Option, Span, tiers_of
 
 NO_LIMIT = 1 << 60
 """More ticks and more bytes than any answer has."""
@@ -57,7 +59,7 @@ class BatchModel:
         for units, homes in zip(self._batch.units, self._homes, strict=True):
             terms += [home.cost * homes[tier] for tier, home in units.homes.items()]
         for span in self._batch.spans:
-            ticks = self._model.new_int_var(0, NO_LIMIT >> 20, "")
+            ticks = self._model.new_int_var(0, _longest(self._batch, span), "")
             for row in range(span.first, span.last):
                 self._model.add(ticks >= self._row(row))
             terms.append(span.weight * ticks)
@@ -104,6 +106,7 @@ class BatchModel:
         solver.parameters.random_seed = 0
         solver.parameters.num_workers = 1
         solver.parameters.linearization_level = 2
+        solver.parameters.keep_all_feasible_solutions_in_presolve = True
         status = solver.solve(self._model)
         assert status != cp_model.MODEL_INVALID, self._model.validate()
         spent = solver.response_proto.deterministic_time
@@ -122,6 +125,17 @@ class BatchModel:
             "optimal" if status == cp_model.OPTIMAL else "feasible"
         )
         return Answer(found, round(solver.objective_value), bound, spent, proved)
+
+
+def _longest(batch: Batch, span: Span) -> int:
+    """Ticks that no choice exceeds in a span."""
+    most = 0
+    for row in range(span.first, span.last):
+        ticks = batch.start[row] + sum(max(o.load[row] for o in role) for role in batch.roles)
+        for units in batch.units:
+            ticks += units.count * max(home.load[row] for home in units.homes.values())
+        most = max(most, ticks)
+    return most
 
 
 def undominated(role: tuple[Option, ...]) -> list[int]:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from dovetail.solvers.batch_model import NO_LIMIT, Answer, BatchModel
+from dovetail.solvers.batch_model import NO_LIMIT, BatchModel
 from dovetail.solvers.batch_problem import Batch, Choice, check_batch, tiers_of
 from dovetail.solvers.solved import Solved
 
@@ -46,15 +46,16 @@ def solve(
     near: float = 0.0,
     most: int | None = None,
     work: float = 10.0,
+    blame: bool = True,
 ) -> Solved[Ranked]:
     """The fastest choice, and of every batch the fastest within ``near`` (a share) of it.
 
     ``floors`` are ticks that each batch takes at least; ``batches`` is only indexed where they
     leave room, so it may make its tables when asked. Answers of more than ``most`` ticks are not
     looked for. ``work`` is in CP-SAT's deterministic units, about seconds of one core. Where no
-    batch fits, the status is ``infeasible`` and the first choice names the binding tiers; where
-    none is within ``most``, ``bound`` is above ``most`` and there are no choices. Raises ValueError
-    for malformed tables.
+    batch fits, the status is ``infeasible`` and, with ``blame``, the first choice names the binding
+    tiers; where none is within ``most``, ``bound`` is above ``most`` and there are no choices.
+    Raises ValueError for malformed tables.
     """
     begin = time.perf_counter()
     search = _Search(batches, capacities, floors or [0] * len(batches), near, most)
@@ -69,7 +70,8 @@ def solve(
         status: Literal["optimal", "feasible"] = "optimal" if bound == best else "feasible"
         return Solved(value, best, bound, status, time.perf_counter() - begin)
     if most is None and not search.open:
-        value = Ranked((_blamed(batches, capacities, work),), (), effort)
+        blamed = _blamed(batches, capacities, work) if blame else Choice(-1)
+        value = Ranked((blamed,), (), effort)
         return Solved(value, float("inf"), None, "infeasible", time.perf_counter() - begin)
     value = Ranked((), (), effort)
     return Solved(value, float("inf"), search.bound, "feasible", time.perf_counter() - begin)
@@ -89,29 +91,34 @@ class _Search:
         self._batches, self._capacities, self._floors = batches, capacities, floors
         self._near, self._most = near, most
         self.found: list[tuple[int, Choice]] = []
-        self.bound = NO_LIMIT
+        self._bounds: dict[int, int] = {}
+        self._beyond = NO_LIMIT
         self.open = False
         self.looked, self.work = 0, 0.0
 
+    @property
+    def bound(self) -> int:
+        """What no answer beats."""
+        return min(self._beyond, *self._bounds.values(), NO_LIMIT)
+
     def run(self, work: float) -> None:
-        """Looks at batches while their floors leave room."""
+        """Looks at batches while their floors leave room, and again, only for what is better than
+        the best, at those of which too little was proved."""
         order = sorted(range(len(self._batches)), key=lambda b: (self._floors[b], b))
-        for place, number in enumerate(order):
+        for number in order:
             limit = self._limit()
             if limit is not None and self._floors[number] > limit:
                 # What follows is no better than this floor.
-                self.bound = min(self.bound, self._floors[number])
-                return
-            left = len(order) - place
-            answer = self._look(number, limit, max(_LEAST_WORK, 4 * (work - self.work) / left))
-            self.looked, self.work = self.looked + 1, self.work + answer.work
-            self.open |= answer.status == "unknown"
-            self.bound = min(self.bound, max(answer.bound, self._floors[number]))
-            if answer.choice is not None:
-                self.found.append((answer.objective, answer.choice))
-            elif answer.status == "infeasible" and limit is not None:
-                # It may hold an answer, though none within the limit.
-                self.bound = min(self.bound, limit + 1)
+                self._beyond = self._floors[number]
+                break
+            self.looked += 1
+            self._look(number, limit, max(_LEAST_WORK, (work - self.work) / 8))
+        if self.found:
+            best = min(ticks for ticks, _ in self.found)
+            for number in sorted(self._bounds, key=lambda b: (self._bounds[b], b)):
+                if self._bounds[number] < best and self.work < work:
+                    self._look(number, best - 1, (work - self.work) / 2)
+                    best = min(ticks for ticks, _ in self.found)
 
     def _limit(self) -> int | None:
         """The most ticks that are still of interest."""
@@ -121,10 +128,20 @@ class _Search:
         near = int(best * (1 + self._near)) if self._near else best - 1
         return near if self._most is None else min(near, self._most)
 
-    def _look(self, number: int, limit: int | None, work: float) -> Answer:
+    def _look(self, number: int, limit: int | None, work: float) -> None:
         batch = self._batches[number]
         check_batch(batch)
-        return BatchModel(batch, number, self._capacities).fastest(limit, work)
+        answer = BatchModel(batch, number, self._capacities).fastest(limit, work)
+        self.work += answer.work
+        self.open |= answer.status == "unknown"
+        bound = answer.bound
+        if answer.status == "infeasible" and limit is not None:
+            # It may hold an answer, though none within the limit.
+            bound = limit + 1
+        self._bounds[number] = max(bound, self._floors[number], self._bounds.get(number, 0))
+        if answer.choice is not None:
+            self.found = [pair for pair in self.found if pair[1].batch != number]
+            self.found.append((answer.objective, answer.choice))
 
 
 def _blamed(batches: Sequence[Batch], capacities: Mapping[str, int], work: float) -> Choice:

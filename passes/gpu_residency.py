@@ -1,0 +1,122 @@
+"""GPU residency: `setting -> knobs of the integer program's answers, and its bound`.
+
+The program (gpu_tables.py, solved by solvers/batch_residency.py) knows engines and chains of a
+layer, not its schedule: its best answers are simulated and scheduled like every other candidate,
+and its optimum bounds what any of them, and any other schedule of these knobs, can reach.
+"""
+
+from dataclasses import dataclass, replace
+
+from dovetail.ir.plan import Certificate
+from dovetail.ir.workload import Workload
+from dovetail.passes.gpu_cost import GpuCosts
+from dovetail.passes.gpu_tables import KIB, UNIT, Tables
+from dovetail.passes.policies.common import Knobs
+from dovetail.passes.policies.gpu import DEFAULTS, GpuSetting, moves
+from dovetail.solvers.batch_residency import solve
+
+NAME = "batch sizes and residency"
+NEAR, ANSWERS = 0.03, 6
+"""Answers within this share of the best are given too, at most so many."""
+WORK = 6.0
+"""Deterministic work of the solver, about as many seconds."""
+LENGTHS = 8
+"""Distinct prompt lengths that the tables tell apart; more are merged."""
+OUTSIDE: Knobs = {name: DEFAULTS[name] for name in ("by_load", "linears_cpu", "layer_groups")}
+"""Knobs that the program leaves as they are, so that its bound holds only there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Residency:
+    """Knobs, best first, and the seconds that each takes at least; ``bound`` seconds are what no
+    schedule of these knobs beats (None where the tables are not exact)."""
+
+    knobs: tuple[Knobs, ...]
+    floors: tuple[float, ...]
+    bound: float | None
+    work: float
+
+    def certificate(self, seconds: float | None) -> tuple[Certificate, ...]:
+        """What is proved of the best schedule that was found among these knobs."""
+        if self.bound is None or seconds is None:
+            return ()
+        bound = min(self.bound, seconds)
+        proved = seconds <= bound * 1.001
+        work = round(self.work, 3)
+        return (Certificate(NAME, seconds, bound, "optimal" if proved else "feasible", work),)
+
+
+@dataclass(frozen=True, slots=True)
+class Shortage:
+    """Why nothing fits: the tiers whose budgets alone leave no schedule, and the bytes that each
+    tier needs at least while the others are as they are."""
+
+    binding: tuple[str, ...]
+    least: dict[str, int]
+
+
+def residency(setting: GpuSetting, costs: GpuCosts, most: float | None) -> Residency:
+    """The program's answers that take at most ``most`` seconds."""
+    exact = len(setting.workload.lengths) <= LENGTHS and not setting.workload.routing
+    if len(setting.workload.lengths) > LENGTHS:
+        setting = replace(setting, workload=_merged(setting.workload))
+    tables = Tables(setting, costs)
+    limit = None if most is None else int(most / UNIT)
+    solved = solve(
+        tables,
+        tables.capacities,
+        floors=tables.floors(),
+        near=NEAR,
+        most=limit,
+        work=WORK,
+        blame=False,
+    )
+    ranked = solved.value
+    if solved.status == "infeasible":
+        return Residency((), (), None, ranked.effort.work)
+    found = [
+        (tables.knobs(choice), ticks * UNIT)
+        for choice, ticks in zip(ranked.choices, ranked.objectives, strict=True)
+    ][:ANSWERS]
+    fitting = [(knobs, floor) for knobs, floor in found if moves(setting, knobs) is not None]
+    bound = solved.bound * UNIT if exact and solved.bound is not None else None
+    return Residency(
+        tuple(knobs for knobs, _ in fitting),
+        tuple(floor for _, floor in fitting),
+        bound,
+        ranked.effort.work,
+    )
+
+
+def shortage(setting: GpuSetting, costs: GpuCosts) -> Shortage:
+    """Why no schedule of this setting fits; names no tier if some may."""
+    one = replace(setting, workload=_merged(setting.workload))
+    tables = Tables(one, costs)
+    few = [batch for batch, sizes in enumerate(tables.batches) if sizes.seqs == 1]
+    solved = solve([tables[batch] for batch in few], tables.capacities, work=WORK)
+    if solved.status != "infeasible":
+        return Shortage((), {})
+    (blamed,) = solved.value.choices
+    tiers = ("hbm", "ram")
+    least = {tier: blamed.least[tier] * KIB for tier in tiers if tier in blamed.least}
+    return Shortage(tuple(tier for tier in tiers if tier in blamed.binding), least)
+
+
+def inside(knobs: Knobs) -> bool:
+    """Whether the program's bound holds for these knobs."""
+    return all(knobs.get(name, value) == value for name, value in OUTSIDE.items())
+
+
+def _merged(workload: Workload) -> Workload:
+    """The workload with few prompt lengths: the longest, and the means of the rest."""
+    if len(workload.lengths) <= LENGTHS:
+        return replace(workload, routing=())
+    (longest, count), *others = workload.lengths
+    every = [n for n, times in others for _ in range(times)]
+    part = -(-len(every) // (LENGTHS - 1))
+    merged = {longest: count}
+    for i in range(0, len(every), part):
+        some = every[i : i + part]
+        mean = round(sum(some) / len(some))
+        merged[mean] = merged.get(mean, 0) + len(some)
+    return Workload(tuple(sorted(merged.items(), reverse=True)), workload.new_tokens)

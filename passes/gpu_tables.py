@@ -1,0 +1,445 @@
+"""GPU tables: `setting -> the integer program of batch sizes and residency` (batch_problem.py).
+
+One batch for every pair of sequences in flight and prompt tokens a step, with refill and without;
+a span for each kind of step and of layer. Roles are attention (rows of a group, where KV is and who
+attends, streams), experts (the CPU's share, loads and their buffers), dense layers, head and
+embedding; units are the experts of all layers together.
+
+Layers share their units evenly; the busiest row is convex in them, so the mean bounds every other
+way to deal them out. Wherever a rate depends on sizes, the best one is taken: the program's
+optimum is a bound for the simulated time of every schedule that these knobs can make.
+"""
+
+import math
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import product
+from typing import overload
+
+import numpy as np
+
+from dovetail.ir.moves import Dispatch
+from dovetail.ir.placement import experts_of
+from dovetail.ir.task_graph import ITEMSIZE, Experts
+from dovetail.passes.apply_moves import apply_moves
+from dovetail.passes.gpu_cost import GpuCosts, Shape
+from dovetail.passes.gpu_loads import ROWS, Attention, Loads, LoopLoads
+from dovetail.passes.gpu_memory import unit_sizes
+from dovetail.passes.gpu_phases import phases
+from dovetail.passes.loop_experts import MAX_LOADS
+from dovetail.passes.loop_work import TICK, StepWork
+from dovetail.passes.memory import activation_bytes
+from dovetail.passes.policies.common import Knobs
+from dovetail.passes.policies.gpu import DEFAULTS, GpuSetting, buffers, ladders, moves
+from dovetail.solvers.batch_problem import Batch, Choice, Home, Option, Span, Units
+
+FINE, STEPS = 64, 16
+"""Parts of a tick that rows tell apart, and parts of a step that weights of spans do."""
+UNIT = TICK / FINE / STEPS
+"""Seconds of one unit of the objective."""
+KIB = 1024
+"""Bytes are counted in KiB, rounded down."""
+PLACES, OUTSIDE, ON_DISK, UNUSED = "expert places", "outside hbm", "on disk", "ram unused"
+GROUPS = "rows of groups"
+"""Limits that are not memory: what the CPU computes is not in hbm too; without buffers nothing is
+outside hbm; nothing stays on disk unless ram is full, as policies fill it; and experts that run
+group by group do so over the groups that attention has."""
+FILLING = {True: 5, False: 65}
+"""Experts that policies may leave room for in ram that is full, with small loads and with large."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """A batch: sequences in flight, prompt tokens a step, and whether finished ones are
+    replaced."""
+
+    seqs: int
+    prefill: int
+    refill: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertWay:
+    """The CPU's percent of the experts, experts in a load, and loads that have a buffer: none where
+    all experts are in hbm. All groups' tokens run together, or else group by group of at most
+    ``rows`` sequences, with buffers for two whole layers."""
+
+    cpu: int
+    chunk: int
+    slots: int
+    rows: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Body:
+    """Layers of one kind: one of them, how many there are, and their experts."""
+
+    layer: int
+    count: int
+    experts: Experts | None
+
+
+class Tables(Sequence[Batch]):
+    """The batches of a setting; their tables are made when they are asked for."""
+
+    def __init__(self, setting: GpuSetting, costs: GpuCosts) -> None:
+        self.setting, self.costs = setting, costs
+        made = moves(replace(setting, hbm=1 << 62, ram=1 << 62), {**DEFAULTS, "seqs": 1})
+        assert made is not None
+        self.layout = apply_moves(setting.graph, made)
+        self.sizes = unit_sizes(setting.graph)
+        self.steps = ladders(setting)
+        self.loads = LoopLoads(self.layout, costs)
+        self.rows: dict[Hashable, tuple[int, ...]] = {}
+        self.batches = tuple(self._batches())
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    @overload
+    def __getitem__(self, index: int) -> Batch: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Batch]: ...
+    def __getitem__(self, index: int | slice) -> Batch | Sequence[Batch]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        return BatchTables(self, self.batches[index]).batch()
+
+    @property
+    def capacities(self) -> dict[str, int]:
+        """The limits of all batches."""
+        setting, experts = self.setting, self.experts
+        memory = {"hbm": setting.hbm // KIB + 1, "ram": setting.ram // KIB + 1}
+        limits = {PLACES: experts, OUTSIDE: experts, ON_DISK: experts}
+        limits[GROUPS] = int(self.steps["rows"][-1])
+        return memory | limits | {UNUSED: -setting.ram // KIB}
+
+    @property
+    def experts(self) -> int:
+        """Experts of all layers together."""
+        return sum(self.sizes.experts)
+
+    @cached_property
+    def bodies(self) -> tuple[Body, ...]:
+        """The kinds of layers."""
+        graph = self.setting.graph
+        first = {body: layer for layer, body in reversed(list(enumerate(graph.layers)))}
+        return tuple(
+            Body(layer, graph.layers.count(body), experts_of(graph, layer))
+            for body, layer in first.items()
+        )
+
+    def floors(self) -> list[int]:
+        """What every batch takes at least, without looking at its buffers."""
+        return [BatchTables(self, sizes).floor() for sizes in self.batches]
+
+    def knobs(self, choice: Choice) -> Knobs:
+        """The knobs of an answer."""
+        sizes = self.batches[choice.batch]
+        tables = BatchTables(self, sizes)
+        way, experts = tables.ways[choice.options[0]], tables.expert_ways[choice.options[1]]
+        return {
+            **DEFAULTS,
+            "seqs": sizes.seqs,
+            "prefill_tokens": sizes.prefill,
+            "refill": sizes.refill,
+            "rows": way.rows,
+            "kv_hbm": way.kv_hbm,
+            "attention_cpu": way.cpu,
+            "streams": way.streams,
+            "experts_cpu": experts.cpu,
+            "chunk": experts.chunk,
+            "slots": experts.slots or int(self.steps["slots"][0]),
+            "accumulate": not experts.rows,
+            "paged": experts.rows > 0,
+            "layers": 2 if experts.rows else 0,
+        }
+
+    def _batches(self) -> Iterator[Sizes]:
+        workload, seen = self.setting.workload, set[Sizes]()
+        names = ("seqs", "prefill_tokens", "refill")
+        for seqs, tokens, refill in product(*(self.steps[name] for name in names)):
+            prefill = max(workload.longest, min(int(tokens), int(seqs) * workload.longest))
+            sizes = Sizes(int(seqs), prefill, bool(refill))
+            if sizes not in seen:
+                seen.add(sizes)
+                yield sizes
+
+
+class BatchTables:
+    """The tables of one batch."""
+
+    def __init__(self, tables: Tables, sizes: Sizes) -> None:
+        self._t, self._sizes = tables, sizes
+        setting, steps = tables.setting, tables.steps
+        longest = setting.workload.longest
+        self._kv_tokens = setting.kv_tokens(sizes.seqs)
+        self.dispatch = Dispatch(sizes.seqs, self._kv_tokens, sizes.prefill, longest, sizes.refill)
+        rows = list(dict.fromkeys(min(int(n), sizes.seqs) for n in steps["rows"]))
+        tokens = min(sizes.prefill, max(int(DEFAULTS["attn_tokens"]), longest))
+        shares = product(steps["kv_hbm"], steps["attention_cpu"], steps["streams"])
+        self.ways = [
+            Attention(n, tokens, int(kv), int(cpu), int(streams))
+            for (kv, cpu, streams), n in product(shares, rows)
+            if int(kv) + int(cpu) <= 100
+        ]
+        found = product(steps["experts_cpu"], steps["chunk"], steps["slots"])
+        streamed = [ExpertWay(int(cpu), int(chunk), int(slots)) for cpu, chunk, slots in found]
+        streamed += [self._layers(int(cpu), n) for cpu in steps["experts_cpu"] for n in rows]
+        self.expert_ways = [*streamed, ExpertWay(0, 1, 0)] if tables.experts else streamed[:1]
+
+    def _layers(self, cpu: int, rows: int) -> ExpertWay:
+        """Group by group, as runtimes that stream whole layers do."""
+        chunk, slots = buffers(self._t.setting, {**DEFAULTS, "layers": 2})
+        return ExpertWay(cpu, chunk, slots, rows)
+
+    @cached_property
+    def works(self) -> dict[StepWork, float]:
+        """How many steps do what."""
+        known: dict[StepWork, float] = {}
+        for phase in phases(self.dispatch, self._t.setting.workload):
+            if phase.steps > 0:
+                known[phase.work] = known.get(phase.work, 0.0) + phase.steps
+        return known
+
+    def batch(self) -> Batch:
+        """All tables."""
+        rows = len(ROWS)
+        each = [
+            (work, steps, body) for work, steps in self.works.items() for body in self._t.bodies
+        ]
+        spans = tuple(
+            Span(math.floor(STEPS * steps * body.count), rows * i, rows * (i + 1))
+            for i, (_, steps, body) in enumerate(each)
+        )
+        return Batch(
+            fixed=self._fixed(),
+            spans=spans,
+            start=self._flat("start", self._start),
+            roles=(
+                tuple(self._attention(way) for way in self.ways),
+                tuple(self._experts(way) for way in self.expert_ways),
+                *self._others(),
+            ),
+            units=self._units(),
+            taken={"hbm": self._token_bytes() // KIB},
+        )
+
+    def floor(self) -> int:
+        """A bound of this batch: groups as large as may be, buffers and dense layers for nothing,
+        and as many experts in hbm and in ram as fit beside KV."""
+        widest = max(way.rows for way in self.ways)
+        ways = [way for way in self.ways if way.rows == widest]
+        attention = np.array([self._flat(way, self._attending(way)) for way in ways])
+        hbm = self._t.capacities["hbm"] - self._token_bytes() // KIB
+        room = np.array([hbm - self._kv_bytes(way)["hbm"] for way in ways])
+        ram = np.array([self._t.capacities["ram"] - self._kv_bytes(way)["ram"] for way in ways])
+        fits = (room >= 0) & (ram >= 0)
+        if not fits.any():
+            return self._fixed()
+        attention, room, ram = attention[fits], room[fits], ram[fits]
+        start = np.array(self._flat("start", self._start))
+        weights = np.array([s.weight for s in self._spans()])
+        least = math.inf
+        percents = {(way.cpu, way.rows and widest): way for way in self.expert_ways}
+        for (cpu, _), way in percents.items():
+            base = self._flat(*self._expert_base(replace(way, rows=way.rows and widest)))
+            rows = attention + start + np.array(base)
+            if self._t.experts:
+                rows = rows + self._outside(cpu, room, ram) - self._most_held()
+            busiest = rows.reshape(len(rows), len(weights), len(ROWS)).max(axis=2)
+            least = min(least, float((busiest * weights).sum(axis=1).min()))
+        return self._fixed() + math.floor(least * (1 - 1e-9))
+
+    def _spans(self) -> list[Span]:
+        rows, found = len(ROWS), []
+        for i, (steps, body) in enumerate(product(self.works.values(), self._t.bodies)):
+            found.append(Span(math.floor(STEPS * steps * body.count), rows * i, rows * (i + 1)))
+        return found
+
+    def _outside(self, cpu: int, room: np.ndarray, ram: np.ndarray) -> np.ndarray:
+        """Ticks of copying and reading the experts that hbm, and ram, have no room for."""
+        (units,) = self._units()
+        every, host = self._t.experts, self._on_cpu(cpu)
+        in_hbm = np.minimum(room // max(1, units.homes["hbm"].nbytes["hbm"]), every - host)
+        in_ram = np.minimum(ram // max(1, units.homes["ram"].nbytes["ram"]), every - in_hbm)
+        copied, read = (np.array(units.homes[name].load) for name in ("ram", "disk"))
+        return np.outer(every - in_hbm, copied) + np.outer(every - in_hbm - in_ram, read - copied)
+
+    def _most_held(self) -> np.ndarray:
+        """The most that buffers can take off a row."""
+        most = max(way.slots * way.chunk for way in self.expert_ways)
+        gpus = self._t.costs.gpu.count
+
+        def held(work: StepWork, body: Body) -> Loads:
+            return {"refill": most * self._copy(body.experts) * gpus} if body.experts else {}
+
+        return np.array(self._flat(("held", most), held)) + 1
+
+    # Ticks of rows.
+
+    def _flat(self, key: Hashable, loads: Callable[[StepWork, Body], Loads]) -> tuple[int, ...]:
+        """The loads of all rows of all spans, rounded down, the CPU's beside copies; ``key`` says
+        which loads these are, since batches share many."""
+        flat: list[int] = []
+        for work, body in product(self.works, self._t.bodies):
+            place = key, work, body.layer
+            if place not in self._t.rows:
+                found = dict(loads(work, body))
+                beside = self._t.loads.lost * found.get("h2d", 0.0)
+                found["cpu"] = found.get("cpu", 0.0) + beside
+                self._t.rows[place] = tuple(math.floor(FINE * found.get(row, 0.0)) for row in ROWS)
+            flat += self._t.rows[place]
+        return tuple(flat)
+
+    def _start(self, work: StepWork, body: Body) -> Loads:
+        tail = self._t.loads.tail(work, body.layer)
+        return {"gpu0": tail, "turn": tail}
+
+    def _attending(self, way: Attention) -> Callable[[StepWork, Body], Loads]:
+        return lambda work, body: self._t.loads.attention(work, body.layer, way)
+
+    def _expert_base(self, way: ExpertWay) -> tuple[Hashable, Callable[[StepWork, Body], Loads]]:
+        """Experts without their buffers; those of the CPU are not copied, which units count."""
+        cpu, groups = way.cpu, (way.rows, self.ways[0].tokens) if way.rows else None
+
+        def loads(work: StepWork, body: Body) -> Loads:
+            if body.experts is None:
+                return self._t.loads.experts(work, body.layer, cpu, groups)
+            found = dict(self._t.loads.experts(work, body.layer, cpu, groups))
+            saved = round(body.experts.count * cpu / 100) * self._copy(body.experts)
+            found["h2d"] = found.get("h2d", 0.0) - saved
+            found["refill"] = found.get("refill", 0.0) - saved * (1 - 1 / MAX_LOADS)
+            return found
+
+        return (cpu, groups), loads
+
+    def _copy(self, experts: Experts) -> float:
+        """Ticks of copying one of a layer's experts, each GPU its share."""
+        gpu = self._t.costs.gpu
+        return experts.nbytes / gpu.h2d.peak / gpu.count / TICK
+
+    # Roles.
+
+    def _attention(self, way: Attention) -> Option:
+        kv, gpus = self._kv_bytes(way), self._t.costs.gpu.count
+        layout = replace(
+            self._t.layout,
+            dispatch=self.dispatch,
+            rows=way.rows,
+            attn_tokens=way.tokens,
+            workers=way.streams,
+        )
+        active = math.ceil(activation_bytes(layout) / gpus)
+        return Option(
+            self._flat(way, self._attending(way)),
+            nbytes={
+                "hbm": kv["hbm"] + active // KIB,
+                GROUPS: int(self._t.steps["rows"][-1]) - way.rows,
+                **_in_ram(kv["ram"]),
+            },
+        )
+
+    def _kv_bytes(self, way: Attention) -> dict[str, int]:
+        """KiB of KV, and of two groups' in hbm where some of it is copied."""
+        kv = self._kv_tokens * self._t.sizes.kv
+        in_hbm = kv * way.kv_hbm / 100 / self._t.costs.gpu.count
+        if way.kv_hbm + way.cpu < 100:
+            group = way.rows * math.ceil(self._kv_tokens / self._sizes.seqs)
+            in_hbm += 2 * group * self._t.sizes.kv_layer
+        return {"hbm": int(in_hbm) // KIB, "ram": int(kv * (100 - way.kv_hbm) / 100) // KIB}
+
+    def _experts(self, way: ExpertWay) -> Option:
+        key, base = self._expert_base(way)
+        most = max(self._t.sizes.expert)
+
+        def loads(work: StepWork, body: Body) -> Loads:
+            found = base(work, body)
+            if body.experts is not None:
+                held = way.slots * way.chunk * self._copy(body.experts) * self._t.costs.gpu.count
+                found["refill"] -= held
+            return found
+
+        if not self._t.experts:
+            return Option(self._flat(key, base))
+        if not way.slots:
+            return Option(self._flat(key, base), nbytes={OUTSIDE: self._t.experts})
+        buffered = way.slots * way.chunk
+        rings, left = buffered * most // KIB, FILLING[way.chunk <= 2] * most // KIB
+        taken = {"hbm": rings, PLACES: self._on_cpu(way.cpu), UNUSED: -left, GROUPS: way.rows}
+        # Of equals, the one with the most buffers: a schedule wants what rows do not show.
+        return Option(self._flat((key, way), loads), -buffered * self._tie, nbytes=taken)
+
+    @cached_property
+    def _tie(self) -> int:
+        """Units of the objective that tell equals apart and matter nowhere else."""
+        return self._fixed() // 10**6
+
+    def _on_cpu(self, percent: int) -> int:
+        return sum(round(count * percent / 100) for count in self._t.sizes.experts)
+
+    def _others(self) -> Iterator[tuple[Option, ...]]:
+        """Dense layers, head and embedding: in hbm, or in ram and copied."""
+        sizes, gpu = self._t.sizes, self._t.costs.gpu
+        none = self._flat("none", lambda work, body: {})
+        dense, head, embed = sum(sizes.dense) // KIB, sizes.head // KIB, sizes.embed // KIB
+
+        def copied(work: StepWork, body: Body) -> Loads:
+            return {"h2d": sizes.dense[body.layer] / gpu.h2d.peak / TICK}
+
+        ring = int(DEFAULTS["dense_slots"]) * max(sizes.dense) // KIB
+        there = Option(none, nbytes={"hbm": dense})
+        yield there, Option(self._flat("dense", copied), nbytes={"hbm": ring, **_in_ram(dense)})
+        cost = math.floor(sum(self.works.values()) * sizes.head / gpu.h2d.peak / UNIT)
+        yield Option(none, nbytes={"hbm": head}), Option(none, cost, {"hbm": head, **_in_ram(head)})
+        yield Option(none, nbytes={"hbm": embed}), Option(none, nbytes=_in_ram(embed))
+        # Either nothing is on disk, or ram is full.
+        yield Option(none, nbytes={ON_DISK: self._t.experts, UNUSED: -(1 << 40)}), Option(none)
+
+    # What is not chosen.
+
+    def _units(self) -> tuple[Units, ...]:
+        if not self._t.experts:
+            return ()
+        machine, gpu, size = self._t.costs.machine, self._t.costs.gpu, max(self._t.sizes.expert)
+        layers = sum(count > 0 for count in self._t.sizes.experts)
+
+        def copied(work: StepWork, body: Body) -> Loads:
+            ticks = self._copy(body.experts) / layers if body.experts else 0.0
+            return {"h2d": ticks, "refill": ticks * (1 - 1 / MAX_LOADS)}
+
+        def read(work: StepWork, body: Body) -> Loads:
+            each = body.experts.nbytes / machine.disk.peak / gpu.count if body.experts else 0.0
+            return copied(work, body) | {"disk": each / TICK / layers}
+
+        none = self._flat("none", lambda work, body: {})
+        setup = math.floor(size / machine.disk.peak / UNIT)
+        homes = {
+            "hbm": Home(none, setup, {"hbm": size // gpu.count // KIB, PLACES: 1}),
+            "ram": Home(self._flat("copied", copied), setup, {**_in_ram(size // KIB), OUTSIDE: 1}),
+            "disk": Home(self._flat("read", read), 0, {OUTSIDE: 1, ON_DISK: 1}),
+        }
+        return (Units(self._t.experts, homes),)
+
+    def _fixed(self) -> int:
+        """Units of the objective that no choice changes: setting up what always stays in memory,
+        and the ends of every step."""
+        graph, sizes, costs = self._t.setting.graph, self._t.sizes, self._t.costs
+        experts = sum(n * size for n, size in zip(sizes.experts, sizes.expert, strict=True))
+        resident = min(sum(sizes.dense) + sizes.head + sizes.embed, graph.weight_bytes - experts)
+        seconds = resident / costs.machine.disk.peak
+        for work, steps in self.works.items():
+            shape = Shape(max(1, math.ceil(work.seqs / costs.gpu.count)), 1, 0)
+            parts = costs.group(graph.epilogue, shape)
+            seconds += steps * (parts.before + parts.after + parts.tail)
+        return math.floor(seconds / UNIT)
+
+    def _token_bytes(self) -> int:
+        graph, gpus = self._t.setting.graph, self._t.costs.gpu.count
+        tokens = math.ceil(self.dispatch.step_tokens / gpus)
+        return tokens * graph.hidden * 4 * ITEMSIZE[graph.dtype]
+
+
+def _in_ram(kib: int) -> dict[str, int]:
+    return {"ram": kib, UNUSED: -kib - 1}

@@ -1,0 +1,122 @@
+"""Batch sizes and residency of GPU plans: the program's bound against simulated schedules."""
+
+from dataclasses import replace
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.ir_cases import captured
+from tests.test_gpu_choose import GPU, MACHINE, sizes
+
+from dovetail.ir.machine import Machine
+from dovetail.ir.workload import Workload
+from dovetail.passes.apply_moves import apply_moves
+from dovetail.passes.gpu_cost import GpuCosts
+from dovetail.passes.gpu_predict import GpuPredictor
+from dovetail.passes.gpu_residency import NAME, inside, residency, shortage
+from dovetail.passes.gpu_tables import UNIT, BatchTables, Sizes, Tables
+from dovetail.passes.policies.common import Knobs
+from dovetail.passes.policies.gpu import DEFAULTS, GpuSetting, ladders, moves
+from dovetail.solvers.batch_problem import check, check_batch
+from dovetail.solvers.batch_residency import solve
+
+SMALL = Workload.of([24, 20, 9, 9, 3, 1], 6)
+
+
+def setting(family: str, share: float, ram: float, workload: Workload = SMALL) -> GpuSetting:
+    """A setting with budgets as shares of the weights."""
+    budget = sizes(family, share, ram)
+    return GpuSetting(captured(family), MACHINE, budget["hbm"], budget["ram"], workload)
+
+
+def simulated(where: GpuSetting, knobs: Knobs) -> float | None:
+    """Seconds of a schedule, or None if it does not fit."""
+    found = moves(where, knobs)
+    if found is None:
+        return None
+    layout = apply_moves(where.graph, found)
+    return (
+        GpuPredictor(layout, GpuCosts(where.machine, where.graph.dtype))
+        .predict(where.workload)
+        .seconds
+    )
+
+
+@st.composite
+def knob_points(draw: st.DrawFn, where: GpuSetting) -> Knobs:
+    """Any point of the lattice that the program covers."""
+    free = ["seqs", "rows", "prefill_tokens", "kv_hbm", "attention_cpu", "experts_cpu"]
+    free += ["slots", "chunk", "refill", "streams"]
+    values = ladders(where)
+    knobs = {name: draw(st.sampled_from(values[name])) for name in free}
+    layers = draw(st.sampled_from([0, 0, 2]))
+    return {**DEFAULTS, **knobs, "layers": layers, "accumulate": not layers, "paged": layers > 0}
+
+
+@settings(max_examples=25)
+@given(data=st.data(), family=st.sampled_from(["olmoe", "deepseek_v2"]))
+def test_no_schedule_of_these_knobs_beats_the_bound(data: st.DataObject, family: str) -> None:
+    share, ram = data.draw(st.floats(0.05, 3.0)), data.draw(st.floats(0.3, 3.0))
+    new = data.draw(st.integers(1, 5))
+    lengths = data.draw(st.lists(st.sampled_from([3, 17, 40]), min_size=1, max_size=9))
+    where = setting(family, share, ram, Workload.of(lengths, new))
+    tables = Tables(where, GpuCosts(where.machine, where.graph.dtype))
+    knobs = data.draw(knob_points(where))
+    seconds = simulated(where, knobs)
+    if seconds is None:
+        return
+    longest = where.workload.longest
+    prefill = max(longest, min(int(knobs["prefill_tokens"]), int(knobs["seqs"]) * longest))
+    batch = Sizes(int(knobs["seqs"]), prefill, bool(knobs["refill"]))
+    place = tables.batches.index(batch)
+    solved = solve([tables[place]], tables.capacities)
+    assert solved.status != "infeasible", knobs
+    assert solved.bound is not None and solved.bound * UNIT <= seconds * (1 + 1e-9), knobs
+    floor = BatchTables(tables, batch).floor()
+    assert floor <= solved.objective * (1 + 1e-9), knobs
+
+
+def test_answers_fit_and_are_near_what_is_simulated() -> None:
+    where = setting("olmoe", 0.3, 3.0)
+    costs = GpuCosts(MACHINE, "float32")
+    found = residency(where, costs, None)
+    assert found.knobs and found.bound is not None
+    seconds = [simulated(where, knobs) for knobs in found.knobs]
+    assert all(s is not None and s >= found.bound for s in seconds)
+    assert all(inside(knobs) for knobs in found.knobs)
+    (certificate,) = found.certificate(min(s for s in seconds if s))
+    assert certificate.name == NAME and certificate.gap < 0.5
+
+
+def test_tables_are_well_formed_and_answers_keep_their_limits() -> None:
+    where = setting("deepseek_v2", 0.3, 0.8)
+    tables = Tables(where, GpuCosts(MACHINE, "float32"))
+    for place in (0, len(tables) // 2, len(tables) - 1):
+        check_batch(tables[place])
+        solved = solve([tables[place]], tables.capacities)
+        (choice,) = solved.value.choices
+        assert check(tables[place], tables.capacities, choice) == []
+
+
+def test_a_budget_that_fits_nothing_names_its_tiers() -> None:
+    where, costs = replace(setting("olmoe", 1.0, 3.0), hbm=1000), GpuCosts(MACHINE, "float32")
+    found = shortage(where, costs)
+    assert found.binding == ("hbm",) and found.least["hbm"] > 1000
+    # With as little hbm as works beside all that ram, no ram is too little.
+    both = shortage(replace(where, hbm=found.least["hbm"] + 4096, ram=1000), costs)
+    assert both.binding == ("hbm", "ram") and both.least["ram"] > 1000
+
+
+def test_nothing_is_short_where_something_fits() -> None:
+    assert shortage(setting("olmoe", 1.0, 3.0), GpuCosts(MACHINE, "float32")).binding == ()
+
+
+def test_more_gpus_bound_less() -> None:
+    two: Machine = replace(MACHINE, accelerator=replace(GPU, count=2, peer_bandwidth=2e10))
+    one = setting("olmoe", 0.3, 3.0)
+    bounds = []
+    for machine in (MACHINE, two):
+        where = replace(one, machine=machine)
+        found = residency(where, GpuCosts(machine, "float32"), None)
+        assert found.bound is not None
+        bounds.append(found.bound)
+    assert bounds[1] < bounds[0]
