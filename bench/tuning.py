@@ -120,8 +120,9 @@ class Bench:
         words += ["--time", f"{self.seconds}s", "--machine", machine, "--db", str(db)]
         return [*words, "-o", str(db.with_suffix("") / "plan.json")]
 
-    def cell(self, size: str, share: float, before: Sequence[Mapping[str, float]]) -> Cell:
-        """Tune with every sampler, then race what they found."""
+    def cell(self, size: str, share: float, before: list[Mapping[str, float]]) -> Cell:
+        """Tune with every sampler, then race what they found; adds the cell's correction to those
+        of the cells ``before``."""
         checkpoint, workload = self.checkpoint(size), WORKLOADS[size]
         shards = ModelFolder.open(checkpoint).index.shards
         weights = sum(shard.file.stat().st_size for shard in shards)
@@ -138,7 +139,9 @@ class Bench:
             rows = {name: self._rows(place / f"{name}.db", job) for name in self.samplers}
             race = self._race(job, rows)
             found = _cell(self, size, budget, workload, job, rows, race)
-            return replace(found, errors=_errors(job, race["untuned"], place, before))
+            found = replace(found, errors=_errors(job, race["untuned"], place, before))
+            before.append(correction_of(place, job.untuned.graph))
+            return found
 
     @contextmanager
     def _job(self, checkpoint: Path, budget: int, workload: str, place: Path) -> Iterator[TuneJob]:
@@ -250,7 +253,7 @@ def _errors(
 ) -> dict[str, float]:
     """Measured over predicted seconds of the untuned plan, less 1."""
     plain = replace(job.untuned.machine, corrections={})
-    own = correction_of(place)
+    own = correction_of(place, job.untuned.graph)
     machines = {"curves": plain, "own": replace(plain, corrections=own)}
     if before:
         names = {name for each in before for name in each}
@@ -266,13 +269,13 @@ def _predicted(job: TuneJob, machine: Machine) -> float:
     return found.seconds - found.setup_seconds * (1 - job.share)
 
 
-def correction_of(place: Path) -> dict[str, float]:
+def correction_of(place: Path, graph: str) -> dict[str, float]:
     """The median factors of a cell's tunings."""
     found = []
     for db in sorted(place.glob("*.db")):
         with Database.open(db) as opened:
             each = Trials(opened).latest_correction(
-                calibrate_host.silicon(), calibrate_host.software()
+                calibrate_host.silicon(), calibrate_host.software(), graph
             )
         found += [each.factors] if each else []
     names = {name for each in found for name in each}
@@ -332,12 +335,11 @@ def main() -> int:
         print(kills(bench.words(checkpoint, 24 << 20, "12x40+4", db), db, options.kills))
         return 0
     cells: list[Cell] = []
-    factors: list[Mapping[str, float]] = []
     for size in options.checkpoints.split(","):
+        # Corrections are a model's own: a cell is predicted by those of its other budgets.
+        factors: list[Mapping[str, float]] = []
         for share in SHARES:
             cells.append(bench.cell(size, share, factors))
-            newest = max(options.folder.glob(f"{size}-*"), key=lambda path: path.stat().st_mtime)
-            factors.append(correction_of(newest))
             if options.out:
                 data = {"machine": describe_machine(), "cells": [asdict(cell) for cell in cells]}
                 options.out.write_text(json.dumps(data, indent=1) + "\n")

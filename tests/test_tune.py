@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -17,6 +18,8 @@ from dovetail.ir.moves import Move
 from dovetail.passes.apply_moves import apply_moves
 from dovetail.passes.lower import lower
 from dovetail.passes.memory import ram_bytes
+from dovetail.planning import corrected
+from dovetail.runtime import calibrate_host as host
 from dovetail.tune_clock import Tick
 from dovetail.tune_correct import MOST, correct, factors
 from dovetail.tune_plan import decide
@@ -24,7 +27,8 @@ from dovetail.tune_sample import Prompts, sample_of
 from dovetail.tune_samplers import SAMPLERS, make_sampler, rebuild
 from dovetail.tune_search import CONFIRM, DEFAULT, GATE, moves_of
 from dovetail.tune_space import knob_shares, moves_digest, point_of
-from dovetail.tuning_db.facts import Trial
+from dovetail.tuning_db.database import Database
+from dovetail.tuning_db.facts import Correction, Trial
 from dovetail.tuning_db.trials import Trials
 from dovetail.tuning_db.winners import ranked
 
@@ -253,7 +257,7 @@ def test_corrections_are_medians_kept_between_one_and_most() -> None:
     assert found == {"run:experts": 1.3, "load:experts": 1.0}
     assert evidence["run:experts"] == (1.3, 1.3, 1.3, 99.0)
     layout, sample = cases.layout(), cases.setting().workload
-    slow = correct(MACHINE, {}, {}, sample, work, [(layout, 1e6)])
+    slow = correct(MACHINE, {}, {}, "g", sample, work, [(layout, 1e6)])
     assert slow.factors["step"] == MOST
 
 
@@ -275,3 +279,16 @@ def test_effort_goes_where_the_time_goes() -> None:
     shares = knob_shares({"wait:experts": 6.0, "run:layer_0_experts_0": 3.0, "run:prologue": 1.0})
     assert shares["readers"] == 0.6 and shares["expert_rows"] == 0.3 and shares["rows"] == 0.1
     assert knob_shares({})["readers"] == 0.0
+
+
+def test_plans_of_the_model_use_its_correction_and_no_others() -> None:
+    graph = cases.graph()
+    with Database.open() as database:
+        for name, factor in ((codec.digest(graph), 1.7), ("another", 3.0)):
+            found = Correction(host.silicon(), host.software(), name, {"step": factor})
+            Trials(database).add_correction(found)
+    model = SimpleNamespace(graph=graph)
+    better = corrected(MACHINE, model)  # type: ignore[arg-type]
+    assert better == replace(MACHINE, corrections={"step": 1.7})
+    other = SimpleNamespace(graph=replace(graph, context=7))
+    assert corrected(MACHINE, other) is MACHINE  # type: ignore[arg-type]

@@ -166,7 +166,7 @@ def test_open_refuses_a_newer_version(path: Path) -> None:
     raw = sqlite3.connect(path)
     raw.execute("PRAGMA user_version = 99")
     raw.close()
-    with pytest.raises(InputError, match=r"has version 99, this dovetail reads up to 2; upgrade"):
+    with pytest.raises(InputError, match=r"has version 99, this dovetail reads up to 3; upgrade"):
         Database.open(path)
 
 
@@ -263,7 +263,7 @@ def test_migrations_bring_an_empty_file_of_ours_up(path: Path) -> None:
 
 
 def test_interrupted_migration_leaves_nothing(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    broken = {**migrations(), 3: ["CREATE TABLE half (a INT) STRICT;", "CREATE NONSENSE;"]}
+    broken = {**migrations(), 4: ["CREATE TABLE half (a INT) STRICT;", "CREATE NONSENSE;"]}
     monkeypatch.setattr("dovetail.tuning_db.connection.migrations", lambda: broken)
     with pytest.raises(InputError, match="syntax error"):
         Database.open(path)

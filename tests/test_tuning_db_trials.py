@@ -47,7 +47,9 @@ def fill(path: Path, first: int, count: int = 3) -> Path:
         for number in range(first, first + count):
             trials.add(tuning.uid, KEY, trial(number, 0.9, 0.8))
         trials.end(tuning.uid, 5.0, "budget")
-        trials.add_correction(Correction(SILICON, SOFTWARE, {"experts": 1.2}, {"experts": (1.2,)}))
+        trials.add_correction(
+            Correction(SILICON, SOFTWARE, "g", {"experts": 1.2}, {"experts": (1.2,)})
+        )
         run = Run(SILICON, SOFTWARE, "d", "eager", {}, WORKLOAD, 1, 2, 3, 4, "done")
         db.add_task_samples(db.add_run(run), [TaskSample("a", 1.0, 1.5, 2)])
     return path
@@ -65,9 +67,9 @@ def test_trials_come_back_as_stored(tmp_path: Path) -> None:
         assert Trials(db).of(replace(KEY, source="prompts:13")) == []
         (ended,) = Trials(db).tunings()
         assert (ended.stop, ended.spent_seconds, ended.sampler) == ("budget", 5.0, "tpe")
-        correction = Trials(db).latest_correction(SILICON, SOFTWARE)
+        correction = Trials(db).latest_correction(SILICON, SOFTWARE, "g")
         assert correction and correction.factors == {"experts": 1.2}
-        assert Trials(db).latest_correction({}, SOFTWARE) is None
+        assert Trials(db).latest_correction(SILICON, SOFTWARE, "h") is None
 
 
 def test_keys_of_other_environments_and_protocols_are_found(tmp_path: Path) -> None:

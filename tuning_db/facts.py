@@ -105,11 +105,13 @@ class Trial:
 class Correction:
     """By how much measured seconds exceed predicted ones: a factor for each class of work.
 
-    ``evidence`` has, by class, the ratios that each factor is the median of.
+    ``graph`` is the digest of the model's task graph, ``evidence`` has, by class, the ratios that
+    each factor is the median of.
     """
 
     silicon: Mapping[str, str]
     software: Mapping[str, str]
+    graph: str
     factors: Mapping[str, float]
     evidence: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     uid: str = ""

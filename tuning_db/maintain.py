@@ -105,7 +105,7 @@ def prune(database: Database, before: str = "", environments: Sequence[int] = ()
         )
         connection.execute(
             "DELETE FROM correction WHERE id NOT IN (SELECT id FROM (SELECT id, row_number() OVER"
-            " (PARTITION BY environment ORDER BY created_at DESC, uid DESC) AS place"
+            " (PARTITION BY environment, graph ORDER BY created_at DESC, uid DESC) AS place"
             " FROM correction) WHERE place = 1)"
         )
         where = ", ".join(str(int(each)) for each in environments)

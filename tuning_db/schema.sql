@@ -153,3 +153,9 @@ CREATE TABLE correction (
     evidence TEXT NOT NULL,
     created_at TEXT NOT NULL
 ) STRICT;
+
+-- version 3
+
+-- The task graph that a correction was found on: what small operators take beside large ones
+-- differs from model to model.
+ALTER TABLE correction ADD COLUMN graph TEXT NOT NULL DEFAULT '';

@@ -158,31 +158,35 @@ class Trials:
         """Stores factors for the cost model with what they were found from."""
         with self.database.writing() as connection:
             connection.execute(
-                "INSERT INTO correction (uid, environment, factors, evidence, created_at)"
-                " VALUES (?, ?, ?, ?, ?)",
+                "INSERT INTO correction (uid, environment, graph, factors, evidence, created_at)"
+                " VALUES (?, ?, ?, ?, ?, ?)",
                 (
                     new_uid(),
                     self.database.environment(correction.silicon, correction.software),
+                    correction.graph,
                     codec.canonical(correction.factors),
                     codec.canonical(correction.evidence),
                     now(),
                 ),
             )
 
-    def latest_correction(self, silicon: Identity, software: Identity) -> Correction | None:
-        """The correction stored last for just this silicon and software, or None."""
+    def latest_correction(
+        self, silicon: Identity, software: Identity, graph: str
+    ) -> Correction | None:
+        """The correction stored last for just this silicon, software and model, or None."""
         rows = self.database.rows(
             "SELECT factors, evidence, correction.uid, correction.created_at FROM correction"
             " JOIN environment ON environment.id = environment"
-            " WHERE silicon_digest = ? AND software_digest = ?"
+            " WHERE silicon_digest = ? AND software_digest = ? AND graph = ?"
             " ORDER BY correction.created_at DESC, correction.uid DESC LIMIT 1",
-            (codec.digest(silicon), codec.digest(software)),
+            (codec.digest(silicon), codec.digest(software), graph),
         )
         for factors, evidence, uid, created_at in rows:
             where = f"correction {uid}"
             return Correction(
                 silicon,
                 software,
+                graph,
                 self.database.record(factors, dict[str, float], where),
                 self.database.record(evidence, dict[str, tuple[float, ...]], where),
                 uid,

@@ -82,7 +82,20 @@ def _config_alone(path: Path) -> Path | None:
 def plan_here(request: Request, note: Note, model: Model | None = None) -> tuple[Plan, Captured]:
     """Plan in this process, ``model`` if it is open already. Raises DovetailError."""
     model = model or Model.open(Path(request.checkpoint), note)
-    return plan_model(request, model, find_machine(request.machine, model.files, note))
+    machine = find_machine(request.machine, model.files, note)
+    if not request.machine:
+        machine = corrected(machine, model.captured)
+    return plan_model(request, model, machine)
+
+
+def corrected(machine: Machine, captured: Captured) -> Machine:
+    """This machine with what `dovetail tune` found its curves to be off by for this model."""
+    from dovetail.runtime import calibrate_host as host
+
+    graph = codec.digest(captured.graph)
+    with Database.open() as database:
+        found = Trials(database).latest_correction(host.silicon(), host.software(), graph)
+    return machine if found is None else replace(machine, corrections=found.factors)
 
 
 def plan_model(request: Request, model: Model, machine: Machine) -> tuple[Plan, Captured]:
@@ -247,9 +260,8 @@ def find_machine(name: str, weights: Sequence[Path], note: Note) -> Machine:
     device = host.disk_device(files[0])
     with Database.open() as database:
         known = database.latest_calibration(host.silicon(), device, host.software(), PROTOCOL)
-        correction = Trials(database).latest_correction(host.silicon(), host.software())
     if known is not None:
-        return known if correction is None else replace(known, corrections=correction.factors)
+        return known
     note("calibrating this machine, once (about half a minute)")
     return calibrate_and_store(files)
 

@@ -271,9 +271,9 @@ class Tuner:
         work = [a.work for a in (measurer.reference, *answers) if a.work]
         seconds = measurer.best_default - self._job.share * measurer.reference.setup_seconds
         timed = [(self._job.layout, max(seconds, 1e-9))]
-        machine = self._job.untuned.machine
-        sample = self._job.sample.workload
-        found = correct(machine, host.silicon(), host.software(), sample, work, timed)
+        plan, sample = self._job.untuned, self._job.sample.workload
+        here = (host.silicon(), host.software())
+        found = correct(plan.machine, *here, plan.graph, sample, work, timed)
         own = self._trials.database.path != default_path()
         if own:
             self._trials.add_correction(found)

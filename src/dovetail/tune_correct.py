@@ -2,8 +2,8 @@
 
 The machine's curves are measured one at a time and at their best, so what they predict is too short
 and always to the same side. Every schedule that a tuning runs says by how much, for each class of
-work; the medians over the schedules become factors of the machine, and the ratios are kept beside
-them. A factor is never below 1, so that the bound stays a bound.
+work; the medians over the schedules become factors of the machine for this model, and the ratios
+are kept beside them. A factor is never below 1, so that the bound stays a bound.
 """
 
 import statistics
@@ -63,6 +63,7 @@ def correct(
     machine: Machine,
     silicon: Mapping[str, str],
     software: Mapping[str, str],
+    graph: str,
     workload: Workload,
     found: Sequence[Work],
     timed: Sequence[tuple[Layout, float]],
@@ -70,7 +71,9 @@ def correct(
     """The correction that these runs of ``workload`` speak for."""
     by_class, evidence = factors(found)
     factor, ratios = step_factor(machine, by_class, workload, timed)
-    return Correction(silicon, software, by_class | {STEP: factor}, evidence | {STEP: ratios})
+    return Correction(
+        silicon, software, graph, by_class | {STEP: factor}, evidence | {STEP: ratios}
+    )
 
 
 def _factor(ratios: Sequence[float]) -> float:
