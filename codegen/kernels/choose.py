@@ -7,7 +7,7 @@ refused by arithmetic; nothing is compiled here.
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Literal, NamedTuple
 
 from dovetail.codegen.kernels.arch import Arch, matrix_instruction
@@ -68,10 +68,19 @@ def _worthwhile(spec: GemmSpec, arch: Arch) -> bool:
     return spec.loads == "pointer" or spec.tile.m >= 64 or spec.swap_ab
 
 
-def rank(base: GemmSpec, arch: Arch, tokens: int, rows: int, keep: int = 8) -> list[Ranked]:
-    """The ``keep`` fastest predicted variants; ties go to the smaller tile."""
+def rank(
+    base: GemmSpec,
+    arch: Arch,
+    tokens: int,
+    rows: int,
+    keep: int = 8,
+    refused: Collection[GemmSpec] = (),
+) -> list[Ranked]:
+    """The ``keep`` fastest predicted variants not ``refused``; ties go to the smaller tile."""
     found = [
-        Ranked(predicted_seconds(spec, arch, tokens), spec) for spec in variants(base, arch, rows)
+        Ranked(predicted_seconds(spec, arch, tokens), spec)
+        for spec in variants(base, arch, rows)
+        if spec not in refused
     ]
     return sorted(found, key=lambda item: (item.seconds, _size(item.spec)))[:keep]
 
@@ -88,8 +97,11 @@ def _size(spec: GemmSpec) -> tuple[int, ...]:
     )
 
 
-def choose_layer(layer: LayerSpec, arch: Arch, bucket: tuple[int, int]) -> LayerKernels:
+def choose_layer(
+    layer: LayerSpec, arch: Arch, bucket: tuple[int, int], refused: Collection[GemmSpec] = ()
+) -> LayerKernels:
     """The kernels for one bucket of token counts: both GEMMs share the sort's rows per tile.
+    ``refused`` are specs that did not pass the gate: the next ones are taken.
 
     Raises InputError when no tile fits, which needs an architecture with less shared memory than
     two small tiles.
@@ -98,7 +110,8 @@ def choose_layer(layer: LayerSpec, arch: Arch, bucket: tuple[int, int]) -> Layer
     up, down = _up(layer, bucket), _down(layer, bucket)
     best: tuple[float, GemmSpec, GemmSpec] | None = None
     for rows in _ROWS:
-        ups, downs = rank(up, arch, tokens, rows, 1), rank(down, arch, tokens, rows, 1)
+        ups = rank(up, arch, tokens, rows, 1, refused)
+        downs = rank(down, arch, tokens, rows, 1, refused)
         if not ups or not downs:
             continue
         seconds = ups[0].seconds + downs[0].seconds
@@ -120,17 +133,21 @@ def choose_layer(layer: LayerSpec, arch: Arch, bucket: tuple[int, int]) -> Layer
         activate=None,
         down=down,
         reduce=_reduce(layer, down),
-        **_shared(layer, arch, bucket),
+        **_shared(layer, arch, bucket, refused),
     )
 
 
 def choose_ladder(
-    layer: LayerSpec, arch: Arch, ladder: Sequence[int] = LADDER
+    layer: LayerSpec,
+    arch: Arch,
+    ladder: Sequence[int] = LADDER,
+    refused: Collection[GemmSpec] = (),
 ) -> tuple[LayerKernels, ...]:
     """Kernels for every bucket of the ladder."""
     firsts = (1, *(last + 1 for last in ladder[:-1]))
     return tuple(
-        choose_layer(layer, arch, (first, last)) for first, last in zip(firsts, ladder, strict=True)
+        choose_layer(layer, arch, (first, last), refused)
+        for first, last in zip(firsts, ladder, strict=True)
     )
 
 
@@ -158,7 +175,9 @@ def _reduce(layer: LayerSpec, down: GemmSpec) -> ReduceSpec:
     )  # fmt: skip
 
 
-def _shared(layer: LayerSpec, arch: Arch, bucket: tuple[int, int]) -> dict[str, GemmSpec]:
+def _shared(
+    layer: LayerSpec, arch: Arch, bucket: tuple[int, int], refused: Collection[GemmSpec]
+) -> dict[str, GemmSpec]:
     """The shared expert as a dense pair of GEMMs."""
     if not layer.shared:
         return {}
@@ -173,6 +192,6 @@ def _shared(layer: LayerSpec, arch: Arch, bucket: tuple[int, int]) -> dict[str, 
     )  # fmt: skip
     chosen = {}
     for name, base in (("shared_up", up), ("shared_down", down)):
-        ranked = [item for rows in _ROWS for item in rank(base, arch, bucket[1], rows, 1)]
+        ranked = [item for rows in _ROWS for item in rank(base, arch, bucket[1], rows, 1, refused)]
         chosen[name] = min(ranked, key=lambda item: item.seconds).spec
     return chosen

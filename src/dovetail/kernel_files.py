@@ -6,6 +6,7 @@ so that a source that was changed by hand, or by another version, is noticed bef
 
 import importlib.util
 import json
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,9 +17,11 @@ from dovetail.codegen.kernels.emit import emit_kernel, file_name, load_source, s
 from dovetail.ir import codec
 from dovetail.ir.errors import InputError, PlanError
 from dovetail.ir.kernel_layer import KernelReference, LayerKernels, LayerSpec
-from dovetail.ir.kernel_spec import KernelSpec, spec_digest
+from dovetail.ir.kernel_spec import GemmSpec, KernelSpec, spec_digest
 
 MANIFEST = "kernels.json"
+Taken = tuple[int, int]
+"""Registers per thread and bytes of shared memory that a binary takes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,48 +40,67 @@ def write_kernels(
 ) -> KernelSet:
     """Choose, emit and write a layer's kernels and their manifest to ``folder``.
 
-    With ``gate`` every kernel is compiled ahead of time and held against its budget; registers and
-    shared memory go into the references. Raises InputError for a kernel that does not pass, or
-    where Triton is not installed.
+    With ``gate`` every kernel is compiled ahead of time and held against its budget; the next best
+    takes the place of a tile that does not pass, and registers and shared memory go into the
+    references. Raises InputError where a kernel without alternatives does not pass, or Triton is
+    not installed.
     """
     if gate and importlib.util.find_spec("triton") is None:
         raise InputError("the gate compiles kernels with Triton, which is not installed here")
     folder.mkdir(parents=True, exist_ok=True)
-    chosen = choose_ladder(layer, arch, ladder)
-    specs = dict.fromkeys(spec for kernels in chosen for spec in kernels.specs())
-    references = tuple(_write(spec, arch, folder, gate) for spec in specs)
+    taken: dict[KernelSpec, Taken] = {}
+    refused: set[GemmSpec] = set()
+    while True:
+        chosen = choose_ladder(layer, arch, ladder, refused)
+        specs = dict.fromkeys(spec for kernels in chosen for spec in kernels.specs())
+        before = len(refused)
+        if gate:
+            refused |= _refused([spec for spec in specs if spec not in taken], arch, taken)
+        if len(refused) == before:
+            break
+    references = tuple(_write(spec, arch, folder, taken.get(spec)) for spec in specs)
     found = KernelSet(layer, arch.name, chosen, references)
     text = json.dumps(codec.encode(found), indent=1, ensure_ascii=False) + "\n"
     (folder / MANIFEST).write_text(text, encoding="utf-8")
     return found
 
 
-def _write(spec: KernelSpec, arch: Arch, folder: Path, gate: bool) -> KernelReference:
+def _refused(
+    specs: Sequence[KernelSpec], arch: Arch, taken: dict[KernelSpec, Taken]
+) -> set[GemmSpec]:
+    """Compile ``specs``: what those that pass take goes into ``taken``, the others come back."""
+    from dovetail.codegen.gate.compile import compile_kernel
+    from dovetail.codegen.gate.judge import problems
+
+    refused = set()
+    with tempfile.TemporaryDirectory() as scratch:
+        for spec in specs:
+            module = load_source(emit_kernel(spec), Path(scratch), file_name(spec))
+            compiled = compile_kernel(module, spec, arch)
+            found = [problem for each in compiled for problem in problems(spec, arch, each)]
+            if not found:
+                registers = max(each.facts.registers for each in compiled)
+                taken[spec] = registers, max(each.facts.shared_bytes for each in compiled)
+            elif isinstance(spec, GemmSpec):
+                refused.add(spec)
+            else:
+                raise InputError(
+                    f"kernel {spec.name} does not pass the gate for {arch.name}: {found[0]}; "
+                    "no other form of it is known"
+                )
+    return refused
+
+
+def _write(spec: KernelSpec, arch: Arch, folder: Path, taken: Taken | None) -> KernelReference:
     text, name = emit_kernel(spec), file_name(spec)
     (folder / name).write_text(text, encoding="utf-8")
     reference = KernelReference(name, arch.name, spec, spec_digest(spec), source_digest(text))
-    return _gated(reference, arch, folder, text) if gate else reference
+    if taken is None:
+        return reference
+    from dovetail.codegen.gate.compile import triton_version
 
-
-def _gated(reference: KernelReference, arch: Arch, folder: Path, text: str) -> KernelReference:
-    from dovetail.codegen.gate.compile import compile_kernel, triton_version
-    from dovetail.codegen.gate.judge import problems
-
-    module = load_source(text, folder, reference.file)
-    for compiled in compile_kernel(module, reference.spec, arch):
-        found = problems(reference.spec, arch, compiled)
-        if found:
-            raise InputError(
-                f"{reference.file} does not pass the gate for {arch.name}: {'; '.join(found)}; "
-                "choose another ladder of token counts"
-            )
-        reference = replace(
-            reference,
-            compiler=f"triton {triton_version()}",
-            registers=compiled.facts.registers,
-            shared_bytes=compiled.facts.shared_bytes,
-        )
-    return reference
+    compiler = f"triton {triton_version()}"
+    return replace(reference, compiler=compiler, registers=taken[0], shared_bytes=taken[1])
 
 
 def check_kernels(folder: Path) -> KernelSet:
