@@ -15,6 +15,10 @@ from dovetail.planning import PLAN_FILE, plan_apart
 
 _SHARES = (0.25, 0.5)
 """Budgets, as shares of the weights."""
+POLICIES = (
+    "weight_stream", "model_batch", "module_batch", "zigzag", "chunked_prefill", "layered_prefill",
+)  # fmt: skip
+"""Policies that are measured beside `auto`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +87,7 @@ def accuracy(bench: Bench) -> Accuracy:
     main = bench.threads[0]
     budgets = [int(weights * share) for share in _SHARES]
     cases = [("auto", budget, 1) for budget in (*budgets, 3 * weights)]
-    for policy in ("weight_stream", "model_batch", "module_batch"):
+    for policy in POLICIES:
         cases += [(policy, budgets[0], 1), (policy, budgets[1], 4)]
     for policy, budget, part in cases:
         place, machine = bench.place(), bench.machines[main]

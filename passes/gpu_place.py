@@ -83,7 +83,8 @@ def place(setting: GpuSetting, moves: Sequence[Move]) -> Placed | None:
     if any(sum(used[tier].values()) > limit for tier, limit in limits.items()):
         return None
     traces = len(setting.workload.routing)
-    over = f"the worst of {traces} trace{'s'[: traces - 1]}" if traces else "uniform routing"
+    plural = "" if traces == 1 else "s"
+    over = f"the worst of {traces} trace{plural}" if traces else "uniform routing"
     name = f"placement: copies of a step, {over}"
     return Placed(made, name, solved.bound or 0.0, tuple(units), problem)
 
