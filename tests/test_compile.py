@@ -126,6 +126,24 @@ def test_is_the_module_itself(model: Any) -> None:
     assert torch.equal(again(ids(1, 4)).logits, model(ids(1, 4)).logits)
 
 
+def test_choices_are_of_a_dtype(model: Any, fastest: Callable[[str], None]) -> None:
+    fastest("dovetail")
+    own = copy.deepcopy(model)
+    # transformers' grouped products have no float64.
+    own.set_experts_implementation("eager")
+    compiled = dovetail.compile(own)
+    compiled(ids(1, 4))
+    found = compiled.double()(ids(1, 4)).logits
+    torch.testing.assert_close(found, own(ids(1, 4)).logits)
+    assert {("float64" in c.region, c.winner) for c in compiled.plan.choices} == {
+        (False, "dovetail"),
+        (True, "dovetail"),
+    }
+    own.set_experts_implementation("dovetail")
+    traced: Any = torch.compile(compiled, backend="eager", fullgraph=True)
+    torch.testing.assert_close(traced(ids(1, 4)).logits, found)
+
+
 def test_hooks_still_run(model: Any, fastest: Callable[[str], None]) -> None:
     fastest("dovetail")
     compiled = dovetail.compile(model)
@@ -366,6 +384,14 @@ def test_generate_is_scheduled_where_that_is_faster(
     finally:
         with torch.no_grad():
             model.lm_head.weight.mul_(-1)
+    # Weights that are replaced are those that run.
+    with torch.no_grad():
+        own, model.lm_head.weight = model.lm_head.weight, nn.Parameter(-model.lm_head.weight)
+    try:
+        expected = model.generate(**inputs, **options)
+        assert torch.equal(compiled.generate(**inputs, **options), expected)
+    finally:
+        model.lm_head.weight = own
     # Sampling, few prompts and hooks are transformers' own.
     torch.manual_seed(0)
     sampled = model.generate(**inputs, max_new_tokens=4, do_sample=True)

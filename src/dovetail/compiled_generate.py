@@ -20,7 +20,7 @@ from dovetail.generation import GenerationEngine
 from dovetail.ir.errors import CaptureError, DovetailError, InputError
 from dovetail.ir.plan import Plan
 from dovetail.ir.timeline import Timeline
-from dovetail.memory_planning import context_of, memory_engine
+from dovetail.memory_planning import context_of, memory_engine, places_of
 from dovetail.plan_cache import Bucket
 from dovetail.region_choice import EAGER, Choice, ChoiceStore, winner
 from dovetail.staleness import Grade
@@ -47,6 +47,15 @@ def is_language_model(module: nn.Module) -> bool:
     return bool(module.can_generate())
 
 
+def _hooked(model: nn.Module) -> list[str]:
+    """Paths of submodules with hooks on their forward."""
+    return [
+        path
+        for path, child in model.named_modules()
+        if path and (child._forward_hooks or child._forward_pre_hooks)
+    ]
+
+
 class CompiledGenerate:
     """Runs ``generate`` for ``model``, scheduled where that pays."""
 
@@ -57,6 +66,8 @@ class CompiledGenerate:
         self._store = ChoiceStore()
         self._kind = ""
         self._ran_scheduled = False
+        self._places: tuple[int, ...] = ()
+        self._unfit = ""
         self.choices: dict[Bucket, Choice] = {}
         self.why_not = ""
         """Why the executor cannot run this model, if it cannot."""
@@ -65,10 +76,12 @@ class CompiledGenerate:
         """The result of ``own(*arguments, **options)``, transformers' generate."""
         self._ran_scheduled = False
         wanted = self._wanted(arguments, options)
-        if wanted is None or (objection := self._objection(wanted)):
-            if wanted is not None and objection and objection != self.why_not:
-                self.why_not = objection
-                log.warning("generate runs as it is: %s", objection)
+        if wanted is None:
+            return own(*arguments, **options)
+        before, self.why_not = self.why_not, self._objection()
+        if self.why_not:
+            if self.why_not != before:
+                log.warning("generate runs as it is: %s", self.why_not)
             return own(*arguments, **options)
         bucket = Bucket.of(wanted.lengths, wanted.new_tokens, context_of(self._model))
         choice = self.choices.get(bucket)
@@ -115,30 +128,26 @@ class CompiledGenerate:
             return None
         return wanted if wanted.sampling.greedy else None
 
-    def _objection(self, wanted: Wanted) -> str:
+    def _objection(self) -> str:
         """Why the executor cannot run this model now; "" if it can."""
-        if self.why_not and self._engine is None and not self.why_not.startswith("hooks"):
-            return self.why_not
         if self._model.device.type != "cpu":
             return f"the model is on {self._model.device}, and plans run on the cpu so far"
-        hooks = [
-            path
-            for path, child in self._model.named_modules()
-            if path and (child._forward_hooks or child._forward_pre_hooks)
-        ]
-        if hooks:
+        if hooks := _hooked(self._model):
             return (
                 f"hooks on {', '.join(hooks[:3])} would not be called by the executor, which runs "
                 "operators and no modules: remove the hooks for the scheduled way"
             )
-        if self._engine is not None:
-            return ""
-        try:
-            self._engine = memory_engine(self._model, self._options)
-        except CaptureError as error:
-            return str(error)
-        self.why_not = ""
-        return ""
+        places = places_of(self._model)
+        if places != self._places:
+            # Weights that moved, or are others: what was made of them holds no more.
+            self.close()
+            self._engine, self._places, self._unfit = None, places, ""
+            self.choices.clear()
+            try:
+                self._engine = memory_engine(self._model, self._options)
+            except CaptureError as error:
+                self._unfit = str(error)
+        return self._unfit
 
     def _scheduled(self, wanted: Wanted) -> Tensor:
         assert self._engine is not None
@@ -162,6 +171,8 @@ class CompiledGenerate:
         try:
             choice = self._compare(own, arguments, options, wanted, kind, bucket)
         except DovetailError as error:
+            if self._options.generation_plan is not None or self._options.budget is not None:
+                raise
             log.warning("generate runs as it is: %s", error)
             return Choice(kind, bucket.prompts, EAGER, {EAGER: (0.0,)}, {SCHEDULED: str(error)})
         self._store.put(choice)
@@ -191,7 +202,7 @@ class CompiledGenerate:
         short = {k: v for k, v in options.items() if k not in ("max_length", "max_new_tokens")}
         short |= {"max_new_tokens": new, "min_new_tokens": None}
         assert self._engine is not None
-        self._engine.prepare(bucket)
+        self._engine.cover(wanted)
         probe = Wanted(
             wanted.prompts,
             tuple(new for _ in wanted.prompts),

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 from torch import nn
 
 from dovetail.compiled_generate import CompiledGenerate, is_language_model
@@ -90,12 +91,13 @@ def is_compiled(thing: object) -> bool:
 def _attributes(kind: type[nn.Module], state_of: Callable[[nn.Module], State]) -> dict[str, Any]:
     """What a compiled class has that ``kind`` has not, or has otherwise."""
     own_forward, own_train = kind.forward, kind.train
-    own_apply: Callable[..., nn.Module] = kind._apply
 
     @functools.wraps(own_forward)
     def forward(self: nn.Module, *arguments: Any, **options: Any) -> Any:
         if self.training:
             raise ModelError(_training(self, "is in training mode", "call .eval() first"))
+        if torch.compiler.is_compiling() or torch.compiler.is_exporting():
+            return own_forward(self, *arguments, **options)
         return state_of(self).schedule.run(arguments, options)
 
     @functools.wraps(own_train)
@@ -105,13 +107,6 @@ def _attributes(kind: type[nn.Module], state_of: Callable[[nn.Module], State]) -
                 _training(self, "was asked to train", "train the module before it is compiled")
             )
         return own_train(self, False)
-
-    def _apply(self: nn.Module, *arguments: Any, **options: Any) -> nn.Module:
-        # Weights move, or change their dtype: what an executor holds of them is out of date.
-        generation = state_of(self).generation if not self.training else None
-        if generation is not None:
-            generation.close()
-        return own_apply(self, *arguments, **options)
 
     def refuse_copy(self: nn.Module, *_: Any) -> NoReturn:
         raise ModelError(
@@ -123,7 +118,6 @@ def _attributes(kind: type[nn.Module], state_of: Callable[[nn.Module], State]) -
     names = {
         "forward": forward,
         "train": train,
-        "_apply": _apply,
         "__reduce_ex__": refuse_copy,
         "__deepcopy__": refuse_copy,
         "__copy__": refuse_copy,

@@ -8,6 +8,8 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from dovetail.execute import Execution
 from dovetail.generate_arguments import Wanted
 from dovetail.ir.batching import Request
@@ -47,6 +49,11 @@ class GenerationEngine:
         """Plan for ``bucket`` now. Raises DovetailError."""
         self._plans[bucket] = self._cache.plan(bucket.workload)
         return self._plans[bucket][0]
+
+    def cover(self, wanted: Wanted) -> None:
+        """Plan for what ``wanted`` asks for, unless a plan holds it already. Raises
+        DovetailError."""
+        self._planned(wanted.lengths, wanted.new_tokens)
 
     def run(self, wanted: Wanted, on_token: OnToken | None = None) -> list[list[int]]:
         """The new tokens of every prompt, the end-of-sequence token included.
@@ -91,6 +98,8 @@ class GenerationEngine:
         execution = Execution(
             plan, captured, self._index, wanted.sampling, wanted.stop, place / "executor.py"
         )
+        # The workers have set their own number, which is also that of threads to come: undo it.
+        torch.set_num_threads(torch.get_num_threads())
         execution.__enter__()
         self._open = _Open(bucket, planned, execution)
         return execution

@@ -1,5 +1,6 @@
 """Plans for a model whose weights are in memory already: nothing streams, and no disk is read."""
 
+import logging
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,7 +18,7 @@ from dovetail.ir.plan import Plan, save_plan
 from dovetail.ir.task_graph import TaskGraph
 from dovetail.ir.units import format_bytes
 from dovetail.ir.workload import Workload
-from dovetail.plan_cache import PlanCache
+from dovetail.plan_cache import Bucket, PlanCache
 from dovetail.planning import (
     PLAN_FILE,
     Model,
@@ -32,6 +33,7 @@ from dovetail.runtime.memory_weights import MemoryWeights
 if TYPE_CHECKING:
     from dovetail.compiled_module import Options
 
+log = logging.getLogger(__name__)
 AT_ONCE = Curve((1.0,), (1e15,))
 """Bytes per second at which weights "load" that are there."""
 RESIDENT = ("eager", "module_batch", "chunked_prefill")
@@ -51,7 +53,7 @@ def memory_engine(model: Any, options: "Options") -> GenerationEngine:
     than the weights.
     """
     dtype = str(model.dtype).removeprefix("torch.")
-    captured = captured_in_memory(model.config, dtype, lambda text: None)
+    captured = captured_in_memory(model.config, dtype, log.info)
     _check(captured.graph, model)
     weights = MemoryWeights(captured.graph, model.state_dict(), _experts_paths(model, captured))
     request = Request(
@@ -67,7 +69,15 @@ def memory_engine(model: Any, options: "Options") -> GenerationEngine:
     cache = PlanCache(name, request, options.on_stale, _maker(captured, machine))
     engine = GenerationEngine(cache, weights, context_of(model))
     weakref.finalize(model, engine.close)
+    if options.workload is not None:
+        longest, prompts = options.workload.longest, options.workload.prompts
+        engine.prepare(Bucket(prompts, longest, options.workload.new_tokens))
     return engine
+
+
+def places_of(model: Any) -> tuple[int, ...]:
+    """Where the model's weights are in memory: other places are other weights."""
+    return tuple(t.data_ptr() for t in (*model.parameters(), *model.buffers()))
 
 
 def _check(graph: TaskGraph, model: Any) -> None:
@@ -96,7 +106,7 @@ def _budget(graph: TaskGraph, options: "Options") -> dict[str, int]:
 
 def _machine(target: str) -> Machine:
     """The machine with as many workers as torch may use threads, and weights that are there."""
-    found = find_machine(target, [], lambda text: None)
+    found = find_machine(target, [], log.warning)
     workers = min(found.workers, torch.get_num_threads())
     return replace(found, workers=workers, disk=AT_ONCE)
 

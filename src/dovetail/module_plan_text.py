@@ -43,7 +43,7 @@ def explain_module(plan: ModulePlan, generation: "CompiledGenerate | None") -> s
         paths = [path for path, own in plan.regions.items() if own == kind]
         more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
         parts.append(f"{paths[0] or 'the module itself'}{more}: {kind}")
-        parts += _choices([c for c in plan.choices if c.region == kind], "tokens")
+        parts += _choices([c for c in plan.choices if c.region.startswith(kind)], "tokens")
     for note in plan.notes:
         parts.append(note)
     if generation is not None:

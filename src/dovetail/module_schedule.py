@@ -24,7 +24,14 @@ from dovetail.region_choice import (
     measure,
 )
 from dovetail.region_switch import Forward, install, scheduled_by
-from dovetail.regions import Implementation, Region, agrees, find_regions, tokens_of
+from dovetail.regions import (
+    Implementation,
+    Region,
+    agrees,
+    circumstances,
+    find_regions,
+    tokens_of,
+)
 from dovetail.staleness import Grade, compare, environment_here
 
 log = logging.getLogger(__name__)
@@ -113,11 +120,12 @@ class ModuleSchedule:
         options: Mapping[str, Any],
     ) -> Implementation:
         tokens = bucket_of(tokens_of(arguments, options))
-        found = self._choices.get((region.kind, tokens))
+        kind = f"{region.kind}, {circumstances(arguments, options)}"
+        found = self._choices.get((kind, tokens))
         ways = region.implementations(tokens)
         if found is None:
-            found = self._decide(region, own, arguments, options, tokens, ways)
-            self._choices[region.kind, tokens] = found
+            found = self._decide(region, own, arguments, options, (kind, tokens), ways)
+            self._choices[kind, tokens] = found
         return own if found.winner == EAGER else ways.get(found.winner, own)
 
     def _decide(
@@ -126,10 +134,10 @@ class ModuleSchedule:
         own: Implementation,
         arguments: tuple[Any, ...],
         options: Mapping[str, Any],
-        tokens: int,
+        key: tuple[str, int],
         ways: Mapping[str, Implementation],
     ) -> Choice:
-        stored = self._store.get(region.kind, tokens)
+        stored = self._store.get(*key)
         if stored is not None and stored[1] is Grade.SAME:
             return stored[0]
         if stored is not None:
@@ -140,7 +148,7 @@ class ModuleSchedule:
             versions = _versions(module)
             expected = own(module, *arguments, **options)
             if _versions(module) != versions:
-                return _refused(region, tokens, "its forward changes its own buffers")
+                return _refused(region, key, "its forward changes its own buffers")
             runs: dict[str, Run] = {EAGER: lambda: own(module, *arguments, **options)}
             refused = {}
             for name, way in ways.items():
@@ -149,7 +157,7 @@ class ModuleSchedule:
                     runs[name] = _bound(way, module, arguments, options)
                 else:
                     refused[name] = why
-            choice = measure(region.kind, tokens, runs, refused)
+            choice = measure(*key, runs, refused)
         self._store.put(choice)
         return choice
 
@@ -217,9 +225,9 @@ def _versions(module: nn.Module) -> list[int]:
     return [t._version for t in tensors if not t.is_inference()]
 
 
-def _refused(region: Region, tokens: int, why: str) -> Choice:
+def _refused(region: Region, key: tuple[str, int], why: str) -> Choice:
     log.warning("%s: %s; it runs as it is", region.path, why)
-    return Choice(region.kind, tokens, EAGER, {EAGER: (0.0,)}, {"all": why})
+    return Choice(*key, EAGER, {EAGER: (0.0,)}, {"all": why})
 
 
 def _bound(

@@ -87,19 +87,21 @@ def find_regions(module: nn.Module) -> tuple[list[Region], list[str]]:
 
 
 def _kind(module: nn.Module) -> str:
-    """What regions with the same choices share: class, shapes, dtype, device, threads."""
+    """What regions with the same choices share: class, shapes, activation."""
     shapes: dict[str, int] = {}
     for name, weight in module.named_parameters():
         text = f"{re.sub('[0-9]+', '#', name)} {list(weight.shape)}"
         shapes[text] = shapes.get(text, 0) + 1
     said = ", ".join(f"{n} x {text}" if n > 1 else text for text, n in shapes.items())
-    first = next(module.parameters())
     act = getattr(module, "act_fn", None)
-    return (
-        f"{type(module).__name__}({said}) {str(first.dtype).removeprefix('torch.')} on "
-        f"{first.device.type}{f', {type(act).__name__}' if act is not None else ''}, "
-        f"{torch.get_num_threads()} threads"
-    )
+    return f"{type(module).__name__}({said}){f', {type(act).__name__}' if act is not None else ''}"
+
+
+def circumstances(arguments: tuple[Any, ...], options: Mapping[str, Any]) -> str:
+    """What else a choice depends on: dtype and device of the inputs, and torch's threads."""
+    first = next(inputs_of(arguments, options))
+    dtype = str(first.dtype).removeprefix("torch.")
+    return f"{dtype} on {first.device.type}, {torch.get_num_threads()} threads"
 
 
 def inputs_of(arguments: tuple[Any, ...], options: Mapping[str, Any]) -> Iterator[Tensor]:
