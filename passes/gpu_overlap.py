@@ -14,6 +14,7 @@ from dovetail.passes.gpu_predict import GpuPredictor
 from dovetail.passes.loop_body import TICK, Loop, Order, StepWork
 from dovetail.passes.loop_simulate import pace
 from dovetail.solvers import modulo_schedule
+from dovetail.solvers.loop_bounds import lowest_period
 from dovetail.solvers.loop_problem import LoopProblem, ModuloSchedule
 
 WORK = 0.5
@@ -46,7 +47,8 @@ def overlap(predictor: GpuPredictor, workload: Workload) -> Overlapped:
             if found < before * (1 - 1e-6):
                 moves += _moves(work, layer, loop, better.order)
         best = min(found, before)
-        bound = (solved.bound or 0) * grain * TICK
+        # The solver saw durations rounded down; what needs no solver is proved of the exact ones.
+        bound = max((solved.bound or 0) * grain, lowest_period(loop.problem)) * TICK
         certificates.append(
             Certificate(
                 name=f"{work.kind} layer {layer}: period",

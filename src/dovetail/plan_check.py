@@ -17,6 +17,10 @@ from dovetail.passes.lower import lower
 from dovetail.passes.predict import least_time, peaks, verify_layout
 
 GRAPH_FILE = "graph.json"
+RESIDENCY = "batch sizes and residency"
+"""The certificate of the integer program over all knobs of GPU plans."""
+OPTIMAL = 0.0011
+"""Largest gap of what is called optimal."""
 ROUNDING = 1e-9
 """Share by which two sums of the same seconds may differ."""
 
@@ -69,6 +73,7 @@ class PlanCheck:
             ("program", self.check_program),
             ("memory", self.check_memory),
             ("bound", self.check_bound),
+            ("certificates", self.check_certificates),
         ]
 
     def check_file(self) -> Found:
@@ -130,6 +135,33 @@ class PlanCheck:
                 )
             texts.append(f"peak {format_bytes(peak)} ({source}) of {tier}={format_bytes(budget)}")
         return Found(", ".join(texts))
+
+    def check_certificates(self) -> Found:
+        """No certificate contradicts itself or the plan: bounds are not above what was reached,
+        what is called optimal is, and the plan is no slower than what was proved about."""
+        worst = 0.0
+        for proved in self.plan.certificates:
+            if proved.bound > proved.objective * (1 + ROUNDING):
+                raise PlanError(
+                    f"certificate {proved.name!r} reached {proved.objective:.6g} below its own "
+                    f"bound of {proved.bound:.6g}, which nothing can; plan again"
+                )
+            if proved.status == "optimal" and proved.gap > OPTIMAL:
+                raise PlanError(
+                    f"certificate {proved.name!r} is called optimal with a gap of "
+                    f"{proved.gap:.1%}, expected at most {OPTIMAL:.1%}; plan again"
+                )
+            worst = max(worst, proved.gap)
+        residency = [c for c in self.plan.certificates if c.name == RESIDENCY]
+        for proved in residency:
+            seconds = self.plan.prediction.seconds
+            if seconds > proved.objective * (1 + ROUNDING):
+                raise PlanError(
+                    f"the plan takes {format_duration(seconds)}, but certificate {RESIDENCY!r} "
+                    f"reached {format_duration(proved.objective)}; plan again"
+                )
+        count = len(self.plan.certificates)
+        return Found(f"{count} agree with the plan, largest gap {worst:.1%}" if count else "none")
 
     def check_bound(self) -> Found:
         """No schedule can be faster than the bound, so the prediction is not."""
