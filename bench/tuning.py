@@ -20,20 +20,16 @@ from datetime import datetime
 from pathlib import Path
 
 from host import describe_machine
+from tuning_errors import correction_of, errors
 from tuning_kills import kills
 
 from dovetail.checkpoint import ModelFolder
 from dovetail.cli import main as dovetail
 from dovetail.cli import make_parser
-from dovetail.ir.machine import Machine
 from dovetail.ir.moves import Move
 from dovetail.machine_files import load_machine, save_machine
-from dovetail.passes.apply_moves import apply_moves
-from dovetail.passes.cost import Costs
-from dovetail.passes.simulate import Simulator
 from dovetail.planning import find_machine
-from dovetail.runtime import calibrate_host
-from dovetail.tune import TuneJob, make_job
+from dovetail.tune_job import TuneJob, make_job
 from dovetail.tune_measure import Measurer
 from dovetail.tune_sample import read_workload
 from dovetail.tune_samplers import SAMPLERS
@@ -139,7 +135,7 @@ class Bench:
             rows = {name: self._rows(place / f"{name}.db", job) for name in self.samplers}
             race = self._race(job, rows)
             found = _cell(self, size, budget, workload, job, rows, race)
-            found = replace(found, errors=_errors(job, race["untuned"], place, before))
+            found = replace(found, errors=errors(job, race["untuned"], place, before))
             before.append(correction_of(place, job.untuned.graph))
             return found
 
@@ -245,43 +241,6 @@ def _sampled(
     )
 
 
-def _errors(
-    job: TuneJob,
-    measured: Sequence[float],
-    place: Path,
-    before: Sequence[Mapping[str, float]],
-) -> dict[str, float]:
-    """Measured over predicted seconds of the untuned plan, less 1."""
-    plain = replace(job.untuned.machine, corrections={})
-    own = correction_of(place, job.untuned.graph)
-    machines = {"curves": plain, "own": replace(plain, corrections=own)}
-    if before:
-        names = {name for each in before for name in each}
-        others = {n: statistics.median(e.get(n, 1.0) for e in before) for n in names}
-        machines["others"] = replace(plain, corrections=others)
-    took = statistics.median(measured)
-    return {name: took / _predicted(job, machine) - 1 for name, machine in machines.items()}
-
-
-def _predicted(job: TuneJob, machine: Machine) -> float:
-    layout = apply_moves(job.graph, job.untuned.moves)
-    found = Simulator(layout, machine, Costs(machine)).predict(job.sample.workload)
-    return found.seconds - found.setup_seconds * (1 - job.share)
-
-
-def correction_of(place: Path, graph: str) -> dict[str, float]:
-    """The median factors of a cell's tunings."""
-    found = []
-    for db in sorted(place.glob("*.db")):
-        with Database.open(db) as opened:
-            each = Trials(opened).latest_correction(
-                calibrate_host.silicon(), calibrate_host.software(), graph
-            )
-        found += [each.factors] if each else []
-    names = {name for each in found for name in each}
-    return {name: statistics.median(each.get(name, 1.0) for each in found) for name in names}
-
-
 def table(cells: Sequence[Cell]) -> str:
     """All cells as Markdown."""
     lines = [
@@ -299,11 +258,11 @@ def table(cells: Sequence[Cell]) -> str:
                 f"{s.against_best:.3f} | {s.timed} | {near} |"
             )
     for name in ("curves", "own", "others"):
-        errors = [abs(cell.errors[name]) for cell in cells if name in cell.errors]
-        if errors:
+        off = [abs(cell.errors[name]) for cell in cells if name in cell.errors]
+        if off:
             lines.append(
                 f"\nPrediction of the untuned plan, {name}: median error "
-                f"{statistics.median(errors):.1%} over {len(errors)} cells"
+                f"{statistics.median(off):.1%} over {len(off)} cells"
             )
     return "\n".join(lines)
 

@@ -281,7 +281,10 @@ def test_effort_goes_where_the_time_goes() -> None:
     assert knob_shares({})["readers"] == 0.0
 
 
-def test_plans_of_the_model_use_its_correction_and_no_others() -> None:
+def test_plans_of_the_model_use_its_correction_and_no_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DOVETAIL_CACHE_DIR", str(tmp_path))
     graph = cases.graph()
     with Database.open() as database:
         for name, factor in ((codec.digest(graph), 1.7), ("another", 3.0)):

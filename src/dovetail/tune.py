@@ -10,8 +10,7 @@ import json
 import shlex
 import sys
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from dovetail.capture.captured import Captured
@@ -19,32 +18,26 @@ from dovetail.checkpoint import ModelFolder
 from dovetail.ir import codec
 from dovetail.ir.errors import InputError
 from dovetail.ir.plan import Plan, save_plan
-from dovetail.ir.task_graph import TaskGraph
 from dovetail.ir.units import format_duration, parse_duration
-from dovetail.ir.workload import Workload
-from dovetail.passes.apply_moves import Layout, apply_moves
-from dovetail.passes.cost import Costs
-from dovetail.passes.policies.common import Setting
-from dovetail.passes.simulate import Simulator
 from dovetail.plan_commands import written
-from dovetail.planning import PLAN_FILE, Request, plan_apart
-from dovetail.run import ram_budget
+from dovetail.planning import PLAN_FILE
 from dovetail.runtime import calibrate_host as host
-from dovetail.staleness import TOP, Grade, code_digest, compare
+from dovetail.staleness import TOP, Grade, compare
 from dovetail.tune_clock import Clock
 from dovetail.tune_correct import correct
+from dovetail.tune_job import TuneJob, make_job, note
 from dovetail.tune_measure import Measurer
 from dovetail.tune_plan import decide, evidence_of, plan_of, summary
 from dovetail.tune_progress import TuneProgress
 from dovetail.tune_quiet import LOUD, Others
 from dovetail.tune_rank import Ranker
-from dovetail.tune_sample import Prompts, read_workload, run_seconds, sample_of
+from dovetail.tune_sample import read_workload
 from dovetail.tune_samplers import make_sampler
 from dovetail.tune_search import Search
-from dovetail.tune_space import Space, knob_shares, moves_digest
+from dovetail.tune_space import Space, knob_shares
 from dovetail.tune_worker import Job
 from dovetail.tuning_db.database import Database, default_path
-from dovetail.tuning_db.facts import Key, Protocol, Stop, Task, Trial, Tuning
+from dovetail.tuning_db.facts import Stop, Trial, Tuning
 from dovetail.tuning_db.trials import Trials
 from dovetail.tuning_db.winners import ranked
 
@@ -63,7 +56,7 @@ def tune(options: argparse.Namespace) -> int:
         from dovetail.tune_simulated import tune_simulated
 
         return tune_simulated(options)
-    if options.ray:
+    if options.ray is not None:
         from dovetail.tune_ray import tune_on_ray
 
         return tune_on_ray(options)
@@ -88,88 +81,6 @@ def tune_here(options: argparse.Namespace) -> Plan:
             plan = Tuner(job, Trials(opened), options.sampler, seed, seconds).run()
         save(plan, job.captured, options.out)
     return plan
-
-
-@dataclass(frozen=True, slots=True)
-class TuneJob:
-    """What is tuned: the untuned plan, what candidates run, and where the worker's files are."""
-
-    untuned: Plan
-    captured: Captured
-    checkpoint: Path
-    sample: Prompts
-    share: float
-    key: Key
-    scratch: Path
-    described: bool = False
-    """Whether the plan's machine comes from a file, and so has nothing to be corrected here."""
-
-    @property
-    def graph(self) -> TaskGraph:
-        """The model's task graph."""
-        return self.captured.graph
-
-    @property
-    def layout(self) -> Layout:
-        """The untuned schedule."""
-        return apply_moves(self.graph, self.untuned.moves)
-
-    @property
-    def setting(self) -> Setting:
-        """What schedules are made for."""
-        plan = self.untuned
-        ram = plan.budget["ram"] - plan.machine.process_bytes
-        return Setting(self.graph, plan.machine, ram, plan.workload)
-
-
-def make_job(
-    options: argparse.Namespace, folder: ModelFolder, prompts: Prompts, scratch: Path, time: float
-) -> TuneJob:
-    """Plan, and cut the workload down to what can be run many times in ``time`` seconds."""
-    note("planning")
-    request = Request(
-        checkpoint=str(folder.path),
-        budget=ram_budget(options.budget),
-        workload=prompts.workload,
-        policy=options.policy,
-        machine=options.machine,
-    )
-    plan, captured = plan_apart(request, scratch, note)
-    layout = apply_moves(captured.graph, plan.moves)
-    simulator = Simulator(layout, plan.machine, Costs(plan.machine))
-    sample = sample_of(
-        prompts,
-        layout.dispatch.seqs,
-        run_seconds(time),
-        lambda workload: simulator.predict(workload).seconds,
-    )
-    key = make_key(plan, folder, sample.workload, prompts.source)
-    share = sample.tokens / prompts.tokens
-    described = bool(options.machine)
-    return TuneJob(plan, captured, folder.path, sample, share, key, scratch, described)
-
-
-def make_key(plan: Plan, folder: ModelFolder, sample: Workload, source: str) -> Key:
-    """What trials of this plan must share to be compared. The code of a candidate is a function of
-    the task's signature and the candidate's moves (``passes.lower``, ``codegen.executor``)."""
-    disk = host.disk_device(folder.index.shards[0].file)
-    return Key(
-        Task("schedule", {**_signature(plan.graph, plan.checkpoint), **plan.budget}),
-        plan.workload,
-        Protocol("whole", sample, moves_digest(plan.moves)),
-        host.silicon() | {"disk": disk},
-        host.software() | {"dovetail": code_digest()},
-        source,
-    )
-
-
-def task_of(graph: TaskGraph, checkpoint: str, budget: Mapping[str, int]) -> Task:
-    """What is tuned, named without a plan."""
-    return Task("schedule", {**_signature(codec.digest(graph), checkpoint), **budget})
-
-
-def _signature(graph: str, checkpoint: str) -> dict[str, str]:
-    return {"graph": graph, "checkpoint": checkpoint, "target": "cpu"}
 
 
 class Tuner:
@@ -312,8 +223,3 @@ def report(plan: Plan, out: Path, *, as_json: bool) -> None:
     print(summary(plan))
     print(f"  {found.trials} schedules timed in {format_duration(found.seconds)}")
     print(f"plan: {out}")
-
-
-def note(text: str) -> None:
-    """Say something on standard error."""
-    print(f"dovetail: {text}", file=sys.stderr, flush=True)

@@ -17,7 +17,8 @@ from typing import Any
 
 from dovetail.ir.errors import DovetailError, InputError
 from dovetail.ir.units import parse_duration
-from dovetail.tune import note, report, tune_here
+from dovetail.tune import report, tune_here
+from dovetail.tune_job import note
 from dovetail.tuning_db.database import Database, default_path
 from dovetail.tuning_db.maintain import merge
 

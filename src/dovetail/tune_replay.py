@@ -18,7 +18,8 @@ from dovetail.passes.predict import least_time, predict
 from dovetail.planning import captured_model, find_machine
 from dovetail.run import ram_budget
 from dovetail.staleness import compare, environment_here
-from dovetail.tune import note, report, save, task_of
+from dovetail.tune import report, save
+from dovetail.tune_job import note, task_of
 from dovetail.tune_plan import POLICY, decide, evidence_of, plan_of, untuned_moves
 from dovetail.tune_sample import Prompts, read_workload
 from dovetail.tune_search import moves_of

@@ -24,8 +24,9 @@ from dovetail.passes.policies.gpu import GPU_POLICIES, GpuSetting
 from dovetail.passes.policies.gpu import ladders as gpu_ladders
 from dovetail.planning import Model
 from dovetail.staleness import code_digest
-from dovetail.tune import note, report, save
+from dovetail.tune import report, save
 from dovetail.tune_clock import Clock
+from dovetail.tune_job import note
 from dovetail.tune_samplers import make_sampler
 from dovetail.tune_search import PATIENCE
 from dovetail.tune_space import Ladders, moves_digest, window
