@@ -37,15 +37,16 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @needs_triton
 @pytest.mark.timeout(900)  # 114 compilations: half a minute of one core that is free
 def test_the_suite_passes_and_takes_what_the_table_says(own_cache: Path) -> None:
-    table = own_cache / "kernels.md"
-    command = [sys.executable, "-m", "dovetail.codegen.gate.table", "--out", str(table)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ)
-    assert done.returncode == 0, done.stdout + done.stderr
     expected = SNAPSHOT.read_text(encoding="utf-8")
     made_with = re.search(r"Triton ([\d.]+\d)", expected)
     assert made_with is not None
     if made_with[1] != triton_version():
+        # Another compiler allocates registers otherwise: tiles near the limit may spill.
         pytest.skip(f"the table is of Triton {made_with[1]}, here is {triton_version()}")
+    table = own_cache / "kernels.md"
+    command = [sys.executable, "-m", "dovetail.codegen.gate.table", "--out", str(table)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ)
+    assert done.returncode == 0, done.stdout + done.stderr
     advice = f"if the new one is right: {' '.join(command[1:-1])} {SNAPSHOT}"
     assert table.read_text(encoding="utf-8") == expected, advice
 
