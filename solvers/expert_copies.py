@@ -159,13 +159,18 @@ class _Model:
         """An answer of at most ``budget`` copies, or None and whether it is proved that none is."""
         domain = self.model.proto.variables[self.budget.index].domain
         domain[0], domain[1] = 0, budget
+        # The cuts are knapsacks: full linear relaxations refute more of them, but not all.
+        level = 2
         while effort.left > 0:
-            solver, status = self._solve(min(effort.each, effort.left))
+            solver, status = self._solve(min(effort.each, effort.left), level)
             effort.left -= solver.response_proto.deterministic_time
             if status == cp_model.INFEASIBLE:
                 return None, True
             if status == cp_model.UNKNOWN:
-                return None, False
+                if level == 1:
+                    return None, False
+                level = 1
+                continue
             held = np.array([[solver.boolean_value(z) for z in row] for row in self.z])
             violated = self._violated(held)
             if not violated:
@@ -175,13 +180,14 @@ class _Model:
             self.hint = held
         return None, False
 
-    def _solve(self, work: float) -> tuple[cp_model.CpSolver, cp_model.CpSolverStatus]:
+    def _solve(self, work: float, level: int) -> tuple[cp_model.CpSolver, cp_model.CpSolverStatus]:
         self.model.clear_hints()  # type: ignore[no-untyped-call]
         for (e, g), held in np.ndenumerate(self.hint):
             self.model.add_hint(self.z[e][g], bool(held))
         solver = cp_model.CpSolver()
         solver.parameters.num_workers = 1
         solver.parameters.random_seed = 1
+        solver.parameters.linearization_level = level
         solver.parameters.max_deterministic_time = work
         return solver, solver.solve(self.model)
 

@@ -1,6 +1,8 @@
 """Even device loads: DeepSeek's EPLB as published, and ``balance``, which is even by weighted
 replicas where there are enough slots, and searched for or proved where there are not."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from dovetail.ir.errors import InputError
@@ -73,15 +75,19 @@ def _balance_weighted(problem: PlacementProblem, knobs: Knobs) -> Draft:
     filled = fill(loads, capacity, node_of(problem) if homes is not None else None, homes)
     bound = weighted_bound(loads, capacity)
     shares = shares_by_amount(filled.expert, filled.amount, loads)
-    uneven = filled.load.max(1) > bound * (1 + _EVEN)
+    uneven = np.flatnonzero(filled.load.max(1) > bound * (1 + _EVEN))
+    others = dict(zip(uneven.tolist(), _searched(loads[uneven], capacity, knobs), strict=True))
     layers, certificates = [], []
     for number in range(problem.layers):
         experts, part = filled.expert[number], shares[number]
         value, low = float(filled.load[number].max()), float(bound[number])
-        if uneven[number]:
-            experts, part, value, low = _search_weighted(
-                loads[number], experts, part, value, low, capacity, knobs
-            )
+        if number in others:
+            starts = (others[number], experts)
+            held, low = _weighed(loads[number], starts, low, capacity, knobs)
+            solved = split(loads[number], held)
+            if solved.objective < value:
+                experts, value = _slots_of(held, capacity), solved.objective
+                part = split_shares(experts, solved.value.shares)
         if (experts == OPEN).any():
             experts = fill_open(experts, loads[number], capacity)
         layers.append(layer_of(experts, part, capacity))
@@ -105,32 +111,30 @@ def even_bound(loads: Floats, capacity: Ints) -> Floats:
     return np.asarray(np.maximum(loads.sum(1) / len(capacity), (loads / count).max(1)))
 
 
-def _search_weighted(
-    loads: Floats,
-    experts: Ints,
-    shares: Floats,
-    value: float,
-    bound: float,
-    capacity: Ints,
-    knobs: Knobs,
-) -> tuple[Ints, Floats, float, float]:
-    """A layer that could not be filled evenly: search with even shares, weigh them, and prove."""
-    search = SlotSearch(loads[None, None], capacity)
-    search.run(np.array([bound]), max(20, int(knobs["rounds"])), int(knobs["seed"]))
-    slots = np.where(search.slots[0] == len(loads), OPEN, search.slots[0])
-    starts = [held_by(found, len(loads)) for found in (slots, experts)]
-    held = min(starts, key=lambda h: split(loads, h).objective)
-    if loads.size * len(capacity) <= _SMALL:
-        work = float(knobs["work"])
-        held = _improved(loads, held, capacity, bound, int(work * _RESTARTS), int(knobs["seed"]))
-        if split(loads, held).objective > bound * (1 + _EVEN):
-            exact = exact_weighted(loads, capacity, work / 4, held)
-            bound, held = max(bound, exact.bound or bound), exact.value
-    solved = split(loads, held)
-    if solved.objective >= value:
-        return experts, shares, value, bound
-    slots = _slots_of(held, capacity)
-    return slots, split_shares(slots, solved.value.shares), solved.objective, bound
+def _searched(loads: Floats, capacity: Ints, knobs: Knobs) -> Ints:
+    """Slots by the search with even shares, for layers that could not be filled evenly."""
+    if not len(loads):
+        return np.empty((0, 1, 1), np.int64)
+    scale = loads.sum(1, keepdims=True) / len(capacity)
+    bound = weighted_bound(loads, capacity) / scale[:, 0]
+    return _search_even(loads / scale, bound, capacity, knobs)[0]
+
+
+def _weighed(
+    loads: Floats, starts: Sequence[Ints], bound: float, capacity: Ints, knobs: Knobs
+) -> tuple[Bools, float]:
+    """Who holds what for the best weighted shares, from the best of ``starts``; random walks and
+    the exact model where the layer is small; and a bound."""
+    candidates = [held_by(slots, len(loads)) for slots in starts]
+    held = min(candidates, key=lambda h: split(loads, h).objective)
+    if loads.size * len(capacity) > _SMALL:
+        return held, bound
+    work = float(knobs["work"])
+    held = _improved(loads, held, capacity, bound, int(work * _RESTARTS), int(knobs["seed"]))
+    if split(loads, held).objective > bound * (1 + _EVEN):
+        exact = exact_weighted(loads, capacity, work / 4, held)
+        bound, held = max(bound, exact.bound or bound), exact.value
+    return held, bound
 
 
 def _improved(
