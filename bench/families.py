@@ -1,6 +1,6 @@
 """Which model families dovetail captures and runs: writes docs/support.md from what it measures.
 
-    python bench/families.py [--families olmoe,mixtral] [--parts capture,execute]
+    python bench/families.py [--families olmoe,mixtral] [--parts capture,execute,models]
 
 Every family is captured at its real size without weights, and a tiny random model of it generates
 in a quarter of its weights' bytes; each in a process of its own with a time limit, so that none
@@ -20,10 +20,11 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results" / "families.json"
+MODEL_RESULTS = ROOT / "bench" / "results" / "family_models.json"
 PAGE = ROOT / "docs" / "support.md"
 LIMIT = 300
 """Seconds for one part of one family."""
-PARTS = ("capture", "execute")
+PARTS = ("capture", "execute", "models")
 Record = dict[str, Any]
 
 
@@ -31,25 +32,34 @@ def main() -> None:
     """Run what was asked for and write the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--families", default="", help="some of them, with commas; all by default")
-    parser.add_argument("--parts", default=",".join(PARTS), help="capture, execute or both")
+    parser.add_argument("--parts", default=",".join(PARTS), help="some of them, with commas")
     asked = parser.parse_args()
     sys.path.insert(0, str(ROOT))
-    from tests.families import DENSE, TINY, moe_model_types
+    from tests.families import DENSE, MODELS, RUNNABLE, moe_model_types
 
+    parts = asked.parts.split(",")
+    if "models" in parts:
+        models = {name: _run("capture", name) for name in MODELS}
+        MODEL_RESULTS.write_text(json.dumps(models, indent=1) + "\n", encoding="utf-8")
     everything = [*moe_model_types(), *DENSE]
     results: dict[str, Record] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     wanted = asked.families.split(",") if asked.families else everything
     for family in wanted:
         record = results.setdefault(family, {})
-        for part in asked.parts.split(","):
-            if part == "execute" and family not in (*TINY, "dbrx"):
+        for part in (part for part in parts if part != "models"):
+            if part == "execute" and family not in RUNNABLE:
                 record[part] = {"failure": "no tiny config: not tried"}
                 continue
             record[part] = _run(part, family)
             print(family, part, json.dumps(record[part]), flush=True)
         kept = {name: results[name] for name in everything if name in results}
         RESULTS.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
-    PAGE.write_text(page(json.loads(RESULTS.read_text())), encoding="utf-8")
+    PAGE.write_text(page(*read_results()), encoding="utf-8")
+
+
+def read_results() -> tuple[dict[str, Record], dict[str, Record]]:
+    """What was measured last, by family and by published model."""
+    return json.loads(RESULTS.read_text()), json.loads(MODEL_RESULTS.read_text())
 
 
 def _run(part: str, family: str) -> Record:
@@ -90,8 +100,8 @@ def _measure(part: str, family: str, sender: Connection) -> None:
         sender.send({"failure": f"{type(error).__name__}: {error}".partition("\n")[0][:300]})
 
 
-def page(results: dict[str, Record]) -> str:
-    """The table as Markdown."""
+def page(results: dict[str, Record], models: dict[str, Record]) -> str:
+    """The tables as Markdown."""
     from tests.families import DENSE, REAL
 
     captured = sum("failure" not in r["capture"] for r in results.values())
@@ -119,7 +129,20 @@ def page(results: dict[str, Record]) -> str:
         name = family + ("°" if family in REAL else "") + (" (dense)" if family in DENSE else "")
         lines.append(f"| {name} | {_capture_cells(record)} | {_execute_cells(record)} |")
         notes += _notes(family, record)
-    return "\n".join([*lines, "", *notes, ""])
+    return "\n".join([*lines, "", *notes, "", *_models(models), ""])
+
+
+def _models(models: dict[str, Record]) -> list[str]:
+    lines = [
+        "## Published models",
+        "",
+        "| model | captured | kinds of layers | weights GB | s | MB |",
+        "|---|---|---|---|---|---|",
+    ]
+    cells = ({"capture": record} for record in models.values())
+    return lines + [
+        f"| {name} | {_capture_cells(cell)} |" for name, cell in zip(models, cells, strict=True)
+    ]
 
 
 def _capture_cells(record: Record) -> str:

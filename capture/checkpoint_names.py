@@ -210,7 +210,10 @@ def _template(key: str, layer: int | None) -> str:
     parts = key.split(".")
     at = next((i for i, part in enumerate(parts) if part == str(layer)), None)
     if at is None:
-        raise CaptureError(f"checkpoint tensor {key} does not name its layer {layer}")
+        raise CaptureError(
+            f"checkpoint tensor {key} does not name its layer {layer}, so that one body cannot "
+            "stand for all layers of a kind; expected the layer's number among its parts"
+        )
     return ".".join([*parts[:at], "{layer}", *parts[at + 1 :]])
 
 

@@ -174,12 +174,12 @@ def _marked(layer: nn.Module, index: int, forms: dict[int, int | None], kind: in
             kwargs["hidden_states"] = _mark(kwargs["hidden_states"], f"enter:{index}")
         named = {key: _named(value, key) for key, value in kwargs.items() if key != "hidden_states"}
         out = original(*args, **kwargs | named)
-        return _leave(out, index, forms, kind)
+        return _leave(out, f"{index} ({type(layer).__name__})", index, forms, kind)
 
     return forward
 
 
-def _leave(out: Any, index: int, forms: dict[int, int | None], kind: int) -> Any:
+def _leave(out: Any, name: str, index: int, forms: dict[int, int | None], kind: int) -> Any:
     if isinstance(out, Tensor):
         forms[kind] = None
         return _mark(out, f"leave:{index}")
@@ -190,9 +190,13 @@ def _leave(out: Any, index: int, forms: dict[int, int | None], kind: int) -> Any
     ):
         forms[kind] = len(out)
         return (_mark(out[0], f"leave:{index}"), *out[1:])
+    further = out[1:] if isinstance(out, tuple) else ()
+    what = [f"a tensor {list(o.shape)}" for o in further if isinstance(o, Tensor)]
     raise CaptureError(
-        f"layer {index} returns {type(out).__name__}, expected the hidden state alone; tensors "
-        "besides it that travel from layer to layer are not supported yet"
+        f"layer {name} returns {' and '.join(what) or type(out).__name__} besides the hidden "
+        "state, expected the hidden state alone: tensors that travel from layer to layer are not "
+        "supported unless a module that runs whole makes them; an adapter in capture/adapters can "
+        "say which module that is"
     )
 
 

@@ -100,6 +100,47 @@ REAL: Mapping[str, Options] = {
 }
 """What the families' default configs lack to be models of their real size: published figures."""
 
+MODELS: Mapping[str, tuple[str, Options]] = {
+    "DeepSeek-V3": ("deepseek_v3", {}),
+    "Qwen3-235B-A22B": (
+        "qwen3_moe",
+        {
+            "hidden_size": 4096,
+            "num_hidden_layers": 94,
+            "num_attention_heads": 64,
+            "num_key_value_heads": 4,
+            "head_dim": 128,
+            "moe_intermediate_size": 1536,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "vocab_size": 151936,
+        },
+    ),
+    "Mixtral-8x22B": (
+        "mixtral",
+        {
+            "hidden_size": 6144,
+            "intermediate_size": 16384,
+            "num_hidden_layers": 56,
+            "num_attention_heads": 48,
+            "num_key_value_heads": 8,
+            "vocab_size": 32768,
+            "max_position_embeddings": 65536,
+        },
+    ),
+    "gpt-oss-120b": ("gpt_oss", {}),
+    "Llama-4-Maverick": (
+        "llama4_text",
+        {
+            "num_local_experts": 128,
+            "interleave_moe_layer_step": 2,
+            "use_qk_norm": False,
+            "max_position_embeddings": 1048576,
+        },
+    ),
+}
+"""Published models: family, and what differs from its default config."""
+
 _BASE: Options = {
     "vocab_size": 256,
     "hidden_size": 64,
@@ -174,7 +215,6 @@ TINY: Mapping[str, Options] = {
     },
     "doge": {"is_moe": True, "num_experts": 4096, "num_experts_per_tok": 4},
     "dots1": {**_ROUTED, **_GROUPS, **_FIRST_DENSE},
-    "dots3_note": {**_LATENT, **_INDEX, "sliding_window": 8},
     "dots3_note_text": {**_LATENT, **_INDEX, "sliding_window": 8},
     "ernie4_5_moe": {
         "moe_num_experts": 16,
@@ -297,6 +337,14 @@ TINY: Mapping[str, Options] = {
     "gemma2": {**_DENSE_SIZE, "sliding_window": 8},
 }
 """Small configs with random weights, wide in their experts, on which tokens are compared."""
+NESTED = {
+    "gemma4": "gemma4_text",
+    "llama4": "llama4_text",
+    "qwen3_5_moe": "qwen3_5_moe_text",
+}
+"""Families whose config holds that of another one's text model."""
+RUNNABLE = frozenset({*TINY, *NESTED, "dbrx"})
+"""The families that have a tiny config."""
 _KEPT = ("A_log", "dt_bias", ".D", "dt_proj.bias")
 """Weights of state spaces that keep their first values: others make the state explode."""
 PROMPTS = support.ragged_prompts((5, 40, 1, 17, 9, 33, 3, 22))
@@ -340,6 +388,8 @@ def tiny_config(family: str) -> PretrainedConfig:
                 "ffn_act_fn": {"name": "silu"},
             },
         }
+    elif family in NESTED:
+        options = {"text_config": {**_BASE, **TINY[NESTED[family]]}}
     else:
         options = {**_BASE, **TINY[family]}
     config: PretrainedConfig = AutoConfig.for_model(family, **options)
@@ -379,9 +429,10 @@ class CaptureFigures:
     megabytes: int
 
 
-def check_capture(family: str) -> CaptureFigures:
-    """Capture the family's real config without weights."""
-    config = real_config(family)
+def check_capture(name: str) -> CaptureFigures:
+    """Capture the real config of a family or of one of ``MODELS`` without weights."""
+    family, options = MODELS.get(name, (name, None))
+    config = real_config(family) if options is None else AutoConfig.for_model(family, **options)
     begin = time.process_time()
     graph = capture_config(config, "bfloat16").graph
     seconds = time.process_time() - begin
