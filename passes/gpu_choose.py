@@ -99,14 +99,14 @@ class _Search:
         return sorted(choices, key=lambda c: c.prediction.seconds)
 
     def joint(self, others: Sequence[Chosen]) -> list[Chosen]:
-        """The best schedules of all knobs at once: the integer program's answers as they are, what
-        a search finds around them, and what it finds around the others' schedules."""
+        """The best schedules of all knobs at once: the integer program's answers, and what a search
+        finds around the others' schedules."""
         policy, known = GPU_POLICIES["joint"], [c.prediction.seconds for c in others]
         self._solved = residency(self._setting, self._costs, min(known, default=None))
         answers = list(self._solved.knobs)
         choices = [c for k in answers if (c := self._simulated(policy, k)) is not None]
         points = [c.knobs for c in sorted(others, key=lambda c: c.prediction.seconds)]
-        begins = [answers, points] if answers else [list(starts(self._setting, policy)), points]
+        begins = [points] if answers else [list(starts(self._setting, policy)), points]
         choices += [c for b in begins if b for c in self._climbed(policy, b)]
         return sorted(choices, key=lambda c: c.prediction.seconds)
 
