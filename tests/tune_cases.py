@@ -87,7 +87,7 @@ class FakeMeasurer:
     now: float = 0.0
     runs: int = 0
     ran: list[str] = field(default_factory=list)
-    best_default: float = math.inf
+    typical: float = math.inf
 
     def clock(self) -> float:
         """Seconds since it began."""
@@ -96,7 +96,7 @@ class FakeMeasurer:
     def default(self) -> float:
         """One run of the default."""
         found = self._run(untuned())
-        self.best_default = min(self.best_default, found)
+        self.typical = min(self.typical, found)
         return found
 
     def pairs(
@@ -167,5 +167,5 @@ def search(
         show,
     )
     found.resume()
-    found.store_default([measurer.best_default])
+    found.store_default([measurer.typical])
     return found, measurer, database

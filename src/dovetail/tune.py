@@ -180,7 +180,7 @@ class Tuner:
         answers = [pairs.answer for pairs in search.answers if pairs.answer is not None]
         assert measurer.reference is not None
         work = [a.work for a in (measurer.reference, *answers) if a.work]
-        seconds = measurer.best_default - self._job.share * measurer.reference.setup_seconds
+        seconds = measurer.typical - self._job.share * measurer.reference.setup_seconds
         timed = [(self._job.layout, max(seconds, 1e-9))]
         plan, sample = self._job.untuned, self._job.sample.workload
         here = (host.silicon(), host.software())

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import selectors
+import statistics
 import subprocess
 import sys
 import time
@@ -24,7 +25,7 @@ HOPELESS = 2.0
 GRACE_SECONDS = 60.0
 """A worker that says nothing for this long beyond its limit is ended."""
 DISTURBED = 1.5
-"""Where the default takes this many times its best, something else slowed the machine."""
+"""Where the default takes this many times its median, something else slowed the machine."""
 
 
 @dataclass(slots=True)
@@ -51,7 +52,7 @@ class Measurer:
         self._untuned = tuple(untuned)
         (folder / JOB_FILE).write_text(json.dumps(codec.encode(job)))
         self._process: subprocess.Popen[str] | None = None
-        self.best_default = float("inf")
+        self._defaults: list[float] = []
         self.classes: dict[str, float] = {}
         self.reference: Answer | None = None
 
@@ -95,8 +96,14 @@ class Measurer:
     def default(self) -> float:
         """Seconds of one more run of the default."""
         found = self.once(self._untuned)
-        self.best_default = min(self.best_default, found)
+        self._defaults.append(found)
         return found
+
+    @property
+    def typical(self) -> float:
+        """The median of the default's seconds so far; of a lucky run too little would be made of
+        all that follow."""
+        return statistics.median(self._defaults) if self._defaults else math.inf
 
     def pairs(
         self,
@@ -110,7 +117,7 @@ class Measurer:
 
         Stops after the first pair whose ratio exceeds ``worth``, where ``left`` says that there are
         no seconds left for another pair, and as throttled where the default takes ``disturbed``
-        times its best.
+        times its median.
         """
         found = Pairs("ok", [], [])
         begin = left()
@@ -118,7 +125,7 @@ class Measurer:
             if number and left() < (begin - left()) / number:
                 return found
             ahead = self.default() if number % 2 == 0 else None
-            limit = HOPELESS * (self.best_default if ahead is None else ahead)
+            limit = HOPELESS * max(self.typical, ahead or 0.0)
             explain = found.answer is None
             answer = self._run(Ask(tuple(moves), limit=limit, explain=explain))
             if answer.state != "ok":
@@ -128,9 +135,9 @@ class Measurer:
             found.error = max(found.error or 0.0, answer.error or 0.0)
             found.samples.append(self.seconds(answer))
             found.defaults.append(beside)
-            if beside > disturbed * self.best_default:
+            if beside > disturbed * self.typical:
                 found.state = "throttled"
-                found.note = f"the default took {beside / self.best_default:.2f} times its best"
+                found.note = f"the default took {beside / self.typical:.2f} times its median"
                 return found
             if found.samples[-1] > worth * beside:
                 return found

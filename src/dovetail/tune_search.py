@@ -247,7 +247,7 @@ class Search:
                 (self._known[name],) = pooled([*same, trial])
 
     def _pair_seconds(self) -> float:
-        return 2.2 * min(self._measurer.best_default, self.clock.budget)
+        return 2.2 * min(self._measurer.typical, self.clock.budget)
 
     def _nothing_to_gate(self) -> float:
         return 0.0 if self.best >= 1.0 else math.inf
