@@ -33,7 +33,7 @@ class VerifyError(DovetailError):
 
 
 class ModelError(DovetailError, RuntimeError):
-    """A model that is asked for what its plan, or dovetail, does not do: training, a copy, a move."""
+    """A model that is asked for what its plan or dovetail does not do: training, copies, moves."""
 
 
 class OutputError(DovetailError):
