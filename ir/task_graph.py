@@ -290,6 +290,11 @@ class TaskGraph:
         return kv + sum(state.bytes_per_token for body in bodies for state in body.states)
 
     @property
+    def whole_prompts(self) -> bool:
+        """Whether a module runs whole and keeps nothing, so that it must see a prompt at once."""
+        return any(state == StateSpec(0, 0) for body in self.bodies for state in body.states)
+
+    @property
     def state_bytes_per_seq(self) -> int:
         """Bytes of the states of one sequence over all layers, besides what grows with tokens."""
         bodies = (self.body(i) for i in range(len(self.layers)))

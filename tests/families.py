@@ -338,6 +338,7 @@ TINY: Mapping[str, Options] = {
 }
 """Small configs with random weights, wide in their experts, on which tokens are compared."""
 NESTED = {
+    "dots3_note": "dots3_note_text",
     "gemma4": "gemma4_text",
     "llama4": "llama4_text",
     "qwen3_5_moe": "qwen3_5_moe_text",

@@ -45,13 +45,15 @@ def ladders(setting: Setting) -> Ladders:
 
 def moves(setting: Setting, knobs: Knobs) -> tuple[Move, ...] | None:
     """``module_batch`` with a piece of at most ``chunk_tokens`` for every worker in a step; on all
-    workers unless ``workers`` says how many."""
+    workers unless ``workers`` says how many. A model that mixes a prompt's tokens takes it
+    whole."""
     piece, workers = int(knobs["chunk_tokens"]), int(knobs.get("workers", setting.machine.workers))
+    in_pieces = piece < setting.workload.longest and not setting.graph.whole_prompts
     return module_batch.moves(
         setting,
         {
             **knobs,
-            "chunk_tokens": piece if piece < setting.workload.longest else 0,
+            "chunk_tokens": piece if in_pieces else 0,
             "attn_tokens": piece,
             "prefill_tokens": piece * workers,
             "workers": workers,
