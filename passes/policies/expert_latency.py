@@ -67,11 +67,11 @@ def latency(problem: PlacementProblem, knobs: Knobs) -> Draft:
         raise InputError("policy latency needs a step model: tokens, top_k and seconds")
     capacity, tokens = capacity_of(problem), step_tokens(mixed_loads(problem), step)
     bound = seconds_bound(tokens, capacity, step)
-    slots, shares = _weighted(tokens, capacity)
+    filled = fill(tokens, capacity)
+    slots, shares = filled.expert, shares_by_amount(filled.expert, filled.amount, tokens)
     best = _worst(slots, shares, tokens, step)
-    used = np.full(problem.layers, int(capacity.sum()) - problem.experts)
-    unit = max(float(bound.max()), 1e-300)
-    spare = int(capacity.sum()) - problem.experts
+    spare, unit = int(capacity.sum()) - problem.experts, max(float(bound.max()), 1e-300)
+    used = np.full(problem.layers, spare)
     before, rising = np.full(problem.layers, np.inf), np.zeros(problem.layers, int)
     for extra in _ladder(spare):
         left = np.flatnonzero((best > bound * (1 + _NEAR)) & (rising < _RISING))
@@ -104,11 +104,6 @@ def latency(problem: PlacementProblem, knobs: Knobs) -> Draft:
 def _ladder(most: int) -> list[int]:
     steps = {0, 1, 2, 3, 4, 6, *(n for k in range(3, 12) for n in (1 << k, 3 << (k - 1)))}
     return sorted({n for n in steps if n < most} | {most})
-
-
-def _weighted(tokens: Floats, capacity: Ints) -> tuple[Ints, Floats]:
-    filled = fill(tokens, capacity)
-    return filled.expert, shares_by_amount(filled.expert, filled.amount, tokens)
 
 
 def _worst(slots: Ints, shares: Floats, tokens: Floats, step: StepModel) -> Floats:
