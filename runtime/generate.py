@@ -119,11 +119,8 @@ class Generator:
         return {"input_ids": padded, "position_ids": positions}
 
     def _choose(self, logits: Tensor, places: range) -> Tensor:
+        indices = [self._order[place] for place in places]
+        who = [(index, len(self._made.get(index, []))) for index in indices]
         if self.observer is not None:
-            indices = [self._order[place] for place in places]
-            self.observer([(i, len(self._made.get(i, []))) for i in indices], logits)
-        who = []
-        if not self._sampling.greedy:
-            indices = (self._order[place] for place in places)
-            who = [(index, len(self._made.get(index, []))) for index in indices]
-        return choose(logits, self._sampling, who)
+            self.observer(who, logits)
+        return choose(logits, self._sampling, [] if self._sampling.greedy else who)
