@@ -32,6 +32,10 @@ class VerifyError(DovetailError):
     """An IR object that breaks a rule of the verifier."""
 
 
+class BoundError(DovetailError):
+    """A schedule that beats what was proved that none beats: a defect of ours, never hidden."""
+
+
 class ModelError(DovetailError, RuntimeError):
     """A model that is asked for what its plan or dovetail does not do: training, copies, moves."""
 

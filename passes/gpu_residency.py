@@ -7,6 +7,7 @@ and its optimum bounds what any of them, and any other schedule of these knobs, 
 
 from dataclasses import dataclass, replace
 
+from dovetail.ir.errors import BoundError
 from dovetail.ir.plan import Certificate
 from dovetail.ir.workload import Workload
 from dovetail.passes.gpu_cost import GpuCosts
@@ -20,6 +21,8 @@ NEAR, ANSWERS = 0.03, 6
 """Answers within this share of the best are given too, at most so many."""
 WORK = 6.0
 """Deterministic work of the solver, about as many seconds."""
+ROUNDING = 1e-9
+"""Share by which sums of seconds may differ from sums of the program's units."""
 LENGTHS = 8
 """Distinct prompt lengths that the tables tell apart; more are merged."""
 OUTSIDE: Knobs = {name: DEFAULTS[name] for name in ("by_load", "linears_cpu", "layer_groups")}
@@ -37,9 +40,20 @@ class Residency:
     work: float
 
     def certificate(self, seconds: float | None) -> tuple[Certificate, ...]:
-        """What is proved of the best schedule that was found among these knobs."""
+        """What is proved of the best schedule that was found among these knobs.
+
+        Raises BoundError if it takes less than the bound: then one of the two is wrong, and a
+        smaller bound would hide it."""
         if self.bound is None or seconds is None:
             return ()
+        if self.bound > seconds * (1 + ROUNDING):
+            raise BoundError(
+                f"a schedule takes {seconds:.9g} s, but the integer program of {NAME} proved that "
+                f"none of its kind takes less than {self.bound:.9g} s: this is a defect of "
+                "dovetail, please report it with the model's config, the machine and the workload; "
+                'policy "joint" plans the same knobs and proves nothing about them'
+            )
+        # What is within rounding of the schedule is the schedule's own time.
         bound = min(self.bound, seconds)
         proved = seconds <= bound * 1.001
         work = round(self.work, 3)
@@ -61,7 +75,8 @@ def residency(setting: GpuSetting, costs: GpuCosts, most: float | None) -> Resid
     if len(setting.workload.lengths) > LENGTHS:
         setting = replace(setting, workload=_merged(setting.workload))
     tables = Tables(setting, costs)
-    limit = None if most is None else int(most / UNIT)
+    # Beyond ``most`` by more than rounding: a schedule that is known may not look impossible.
+    limit = None if most is None else int(most / UNIT * (1 + ROUNDING)) + 1
     solved = solve(
         tables,
         tables.capacities,

@@ -2,17 +2,19 @@
 
 from dataclasses import replace
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.ir_cases import captured
 from tests.test_gpu_choose import GPU, MACHINE, sizes
 
+from dovetail.ir.errors import BoundError
 from dovetail.ir.machine import Machine
 from dovetail.ir.workload import Workload
 from dovetail.passes.apply_moves import apply_moves
 from dovetail.passes.gpu_cost import GpuCosts
 from dovetail.passes.gpu_predict import GpuPredictor
-from dovetail.passes.gpu_residency import NAME, inside, residency, shortage
+from dovetail.passes.gpu_residency import NAME, Residency, inside, residency, shortage
 from dovetail.passes.gpu_tables import UNIT, BatchTables, Sizes, Tables
 from dovetail.passes.policies.common import Knobs
 from dovetail.passes.policies.gpu import DEFAULTS, GpuSetting, ladders, moves
@@ -85,6 +87,26 @@ def test_answers_fit_and_are_near_what_is_simulated() -> None:
     assert all(inside(knobs) for knobs in found.knobs)
     (certificate,) = found.certificate(min(s for s in seconds if s))
     assert certificate.name == NAME and certificate.gap < 0.5
+
+
+def test_a_certificate_refuses_a_schedule_that_beats_its_bound() -> None:
+    proved = Residency((), (), bound=2.0, work=1.0)
+    with pytest.raises(BoundError, match=r"takes 1\.9 s, but .* less than 2 s: this is a defect"):
+        proved.certificate(1.9)
+    (certificate,) = proved.certificate(2.5)
+    assert (certificate.bound, certificate.status) == (2.0, "feasible")
+    # Sums of floats may end a little below the sum of the program's units.
+    (certificate,) = proved.certificate(2.0 * (1 - 1e-12))
+    assert certificate.bound <= certificate.objective and certificate.status == "optimal"
+
+
+def test_a_known_schedule_that_none_can_reach_is_not_hidden_by_its_limit() -> None:
+    where, costs = setting("olmoe", 0.3, 3.0), GpuCosts(MACHINE, "float32")
+    impossible = (residency(where, costs, None).bound or 0.0) / 2
+    found = residency(where, costs, impossible)
+    assert not found.knobs
+    with pytest.raises(BoundError, match="this is a defect of dovetail, please report it"):
+        found.certificate(impossible)
 
 
 def test_tables_are_well_formed_and_answers_keep_their_limits() -> None:
