@@ -23,7 +23,7 @@ from dovetail.machine_files import save_machine
 from dovetail.passes.apply_moves import apply_moves
 from dovetail.passes.simulate import workload_steps
 from dovetail.planning import PLAN_FILE, Request, plan_apart
-from dovetail.timeline_file import REPORT_FILE, TIMELINE_FILE, read_measured
+from dovetail.plans.timeline_file import REPORT_FILE, TIMELINE_FILE, read_measured
 
 _POLL_SECONDS = 0.02
 

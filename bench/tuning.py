@@ -29,12 +29,12 @@ from dovetail.cli import make_parser
 from dovetail.ir.moves import Move
 from dovetail.machine_files import load_machine, save_machine
 from dovetail.planning import find_machine
-from dovetail.tune_job import TuneJob, make_job
-from dovetail.tune_measure import Measurer
-from dovetail.tune_sample import read_workload
-from dovetail.tune_samplers import SAMPLERS
-from dovetail.tune_search import DEFAULT, moves_of
-from dovetail.tune_worker import Job
+from dovetail.tuning.job import TuneJob, make_job
+from dovetail.tuning.measure import Measurer
+from dovetail.tuning.sample import read_workload
+from dovetail.tuning.samplers import SAMPLERS
+from dovetail.tuning.search import DEFAULT, moves_of
+from dovetail.tuning.worker import Job
 from dovetail.tuning_db.database import Database
 from dovetail.tuning_db.facts import Trial
 from dovetail.tuning_db.trials import Trials
@@ -212,7 +212,7 @@ def _sampled(
     against_best: float,
     known: float,
 ) -> Sampled:
-    from dovetail.tune_plan import decide
+    from dovetail.tuning.plan import decide
 
     pairs = zip(race[name], race["untuned"], strict=True)
     interval: Interval = median_interval([a / b for a, b in pairs])

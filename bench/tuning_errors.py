@@ -10,7 +10,7 @@ from dovetail.passes.apply_moves import apply_moves
 from dovetail.passes.cost import Costs
 from dovetail.passes.simulate import Simulator
 from dovetail.runtime import calibrate_host
-from dovetail.tune_job import TuneJob
+from dovetail.tuning.job import TuneJob
 from dovetail.tuning_db.database import Database
 from dovetail.tuning_db.trials import Trials
 

@@ -23,7 +23,7 @@ from dovetail.ir.errors import CaptureError
 
 NAME = "dovetail_capture"
 """The name under which transformers' registries know our operators; ``dovetail`` itself is the name
-of the experts that run (``dovetail.hf_experts``)."""
+of the experts that run (``dovetail.doors.hf_experts``)."""
 
 FQN_ATTRIBUTE = "_dovetail_fqn"
 _HARMLESS = frozenset({"position_ids", "cache_position"})

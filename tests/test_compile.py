@@ -14,11 +14,9 @@ from tests.e2e.support import VOCAB, machine, tiny_model
 from torch import Tensor, nn
 
 import dovetail
-from dovetail import module_schedule, regions
-from dovetail.compiled_function import CompiledFunction
-from dovetail.ir.errors import BudgetError, InputError, ModelError, PlanError
-from dovetail.machine_files import save_machine
-from dovetail.region_choice import (
+from dovetail.doors import module_schedule, regions
+from dovetail.doors.compiled_function import CompiledFunction
+from dovetail.doors.region_choice import (
     EAGER,
     Choice,
     ModulePlan,
@@ -27,6 +25,8 @@ from dovetail.region_choice import (
     save_module_plan,
     winner,
 )
+from dovetail.ir.errors import BudgetError, InputError, ModelError, PlanError
+from dovetail.machine_files import save_machine
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +52,7 @@ def fastest(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
             return Choice(kind, tokens, winner(samples), samples, refused)
 
         monkeypatch.setattr(module_schedule, "measure", measure)
-        monkeypatch.setattr("dovetail.compiled_function.measure", measure)
+        monkeypatch.setattr("dovetail.doors.compiled_function.measure", measure)
 
     return say
 
@@ -364,7 +364,7 @@ def target(tmp_path: Path) -> str:
 def test_generate_is_scheduled_where_that_is_faster(
     model: Any, target: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dovetail.compiled_generate.winner", lambda samples: "dovetail")
+    monkeypatch.setattr("dovetail.doors.compiled_generate.winner", lambda samples: "dovetail")
     compiled = dovetail.compile(model, target=target, policy="eager")
     prompts = ids(5, 9)
     prompts[0, :4] = prompts[1, :1] = 0

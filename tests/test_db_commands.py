@@ -7,7 +7,7 @@ import pytest
 
 from dovetail.cli import main
 from dovetail.ir.workload import Workload
-from dovetail.staleness import environment_here
+from dovetail.tuning.staleness import environment_here
 from dovetail.tuning_db.database import Database
 from dovetail.tuning_db.facts import Key, Protocol, Task, Trial, Tuning
 from dovetail.tuning_db.trials import Trials

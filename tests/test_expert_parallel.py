@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from tests.e2e.support import Tiny, ragged_prompts, save_tiny, tiny_model, transformers_tokens
 
 from dovetail.cli import main
-from dovetail.expert_parallel import Job, RankResult, expert_program, run_ranks
 from dovetail.ir.errors import DovetailError, InputError
 from dovetail.ir.expert_dispatch import ExpertDispatch, next_home, visited
 from dovetail.ir.expert_placement import ExpertPlacement, LayerPlacement, save_placement
@@ -24,6 +23,7 @@ from dovetail.ir.expert_rows import ExpertRows
 from dovetail.ir.routing_trace import RoutingTrace, make_trace
 from dovetail.ir.workload import Workload
 from dovetail.passes.expert_traffic import ExpertTraffic, RowSizes, Way, expert_traffic
+from dovetail.place.expert_parallel import Job, RankResult, expert_program, run_ranks
 
 NEW, EXPERTS = 4, 16
 LENGTHS = [5, 14, 1, 9, 3]

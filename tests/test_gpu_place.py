@@ -25,9 +25,9 @@ from dovetail.passes.gpu_predict import GpuPredictor
 from dovetail.passes.policies.gpu import DEFAULTS, GpuSetting
 from dovetail.passes.policies.gpu import moves as gpu_moves
 from dovetail.passes.predict import verify_layout
-from dovetail.routing_trace import make_trace, save_trace
+from dovetail.routing.of_workload import with_routing
+from dovetail.routing.trace import make_trace, save_trace
 from dovetail.solvers.tier_placement import step_seconds
-from dovetail.workload_routing import with_routing
 
 GRAPH = captured("olmoe")
 LAYERS = len(GRAPH.layers)

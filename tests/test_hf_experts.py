@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 import dovetail
-from dovetail.registration import register_when_imported
+from dovetail.doors.registration import register_when_imported
 from dovetail.runtime import routed_experts
 from dovetail.runtime.routed_experts import ExpertWeights, run_experts, run_experts_traced
 
@@ -138,7 +138,9 @@ def test_the_name_is_known_at_once_where_transformers_is_loaded() -> None:
     del known["dovetail"]
     register_when_imported()
     assert "dovetail" in known
-    assert not any(type(finder).__module__ == "dovetail.registration" for finder in sys.meta_path)
+    assert not any(
+        type(finder).__module__ == "dovetail.doors.registration" for finder in sys.meta_path
+    )
 
 
 def test_capture_does_not_take_the_name() -> None:

@@ -13,8 +13,8 @@ from dovetail.codegen.kernels.arch import ARCHS
 from dovetail.codegen.kernels.choose import choose_layer
 from dovetail.ir.errors import InputError, PlanError
 from dovetail.ir.kernel_spec import Activation, Weights
-from dovetail.kernel_files import MANIFEST, check_kernels, write_kernels
-from dovetail.kernel_layers import layer_of_config
+from dovetail.kernels.files import MANIFEST, check_kernels, write_kernels
+from dovetail.kernels.layers import layer_of_config
 
 CONFIGS = Path(__file__).parents[1] / "bench" / "configs"
 GPT_OSS = {

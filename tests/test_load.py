@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer, pipe
 import dovetail
 from dovetail.capture.captured import Captured
 from dovetail.demo import write_demo
+from dovetail.doors.plan_cache import Bucket
 from dovetail.ir.errors import BudgetError, InputError, ModelError, PlanError
 from dovetail.ir.plan import Plan, save_plan
 from dovetail.machine_files import load_machine, save_machine
-from dovetail.plan_cache import Bucket
 from dovetail.planning import PLAN_FILE, Note, Request, plan_here
 
 BUDGET = "ram=12MiB"
@@ -48,7 +48,7 @@ def plan_in_process(request: Request, place: Path, note: Note) -> tuple[Plan, Ca
 @pytest.fixture(autouse=True, scope="module")
 def _plan_in_process() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dovetail.loaded_model.plan_apart", plan_in_process)
+        patch.setattr("dovetail.doors.loaded_model.plan_apart", plan_in_process)
         yield
 
 
@@ -166,7 +166,7 @@ def test_a_bucket_is_planned_once(
     def no_planning(*_: object) -> None:
         raise AssertionError("planned again")
 
-    monkeypatch.setattr("dovetail.loaded_model.plan_apart", no_planning)
+    monkeypatch.setattr("dovetail.doors.loaded_model.plan_apart", no_planning)
     other = dovetail.load(checkpoint, budget=BUDGET, policy="chunked_prefill", target=target)
     assert other._engine.prepare(Bucket(4, 32, 16)).digest() == model.plan.digest()
 
@@ -286,7 +286,7 @@ def test_an_error_in_a_run_leaves_a_usable_model(
 
 
 def _wanted(model: Any) -> Any:
-    from dovetail.generate_arguments import read_arguments
+    from dovetail.doors.generate_arguments import read_arguments
 
     return read_arguments(PROMPTS, None, {"max_new_tokens": 3}, {}, 512, 256)
 

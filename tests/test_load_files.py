@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from dovetail.doors.load_files import read_loads
 from dovetail.ir.errors import InputError
-from dovetail.load_files import read_loads
-from dovetail.routing_trace import make_trace, save_trace
+from dovetail.routing.trace import make_trace, save_trace
 
 COUNTS = [[0, 0, 0], [5, 1, 2], [1, 1, 6]]
 """A layer without experts, and two with three."""

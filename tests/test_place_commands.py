@@ -9,8 +9,8 @@ import pytest
 
 from dovetail.cli import main
 from dovetail.ir.expert_placement import load_placement
-from dovetail.placement_files import read_slots
-from dovetail.routing_trace import make_trace, save_trace
+from dovetail.place.files import read_slots
+from dovetail.routing.trace import make_trace, save_trace
 
 LAYERS, EXPERTS, TOP_K = 4, 16, 2
 

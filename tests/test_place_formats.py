@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from dovetail.ir.errors import InputError, PlanError
 from dovetail.ir.expert_placement import ExpertPlacement, LayerPlacement
-from dovetail.placement_files import FORMATS, losses, read_slots, write_placement
+from dovetail.place.files import FORMATS, losses, read_slots, write_placement
 
 LAYERS, MODEL_LAYERS = (1, 2, 4), 5
 

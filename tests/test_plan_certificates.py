@@ -8,7 +8,7 @@ from tests.plan_cases import few_policies, small_plan
 
 from dovetail.ir.errors import PlanError
 from dovetail.ir.plan import Certificate, Plan
-from dovetail.plan_check import RESIDENCY, PlanCheck
+from dovetail.plans.check import RESIDENCY, PlanCheck
 
 few = pytest.fixture(autouse=True)(few_policies)
 

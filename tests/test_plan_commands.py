@@ -24,9 +24,9 @@ from dovetail.ir.workload import Workload
 from dovetail.machine_files import save_machine
 from dovetail.passes.apply_moves import apply_moves
 from dovetail.passes.choose import smallest_budget
-from dovetail.plan_check import PlanCheck, load_graph
 from dovetail.planning import captured_model
-from dovetail.timeline_file import compare, write_trace
+from dovetail.plans.check import PlanCheck, load_graph
+from dovetail.plans.timeline_file import compare, write_trace
 
 RATES = {"float32": Curve((1.0, 1024.0), (1e10, 1e11))}
 MACHINE = Machine(

@@ -34,9 +34,9 @@ from dovetail.passes.sensitivity import (
     with_amount,
 )
 from dovetail.passes.simulate import Simulator, workload_steps
-from dovetail.plan_explain import Explanation, Facts, explain, reasons
-from dovetail.plan_explain_text import explanation_text
-from dovetail.plan_words import more_text, wait_text
+from dovetail.plans.explain import Explanation, Facts, explain, reasons
+from dovetail.plans.explain_text import explanation_text
+from dovetail.plans.words import more_text, wait_text
 
 Made = tuple[TaskGraph, Plan]
 
@@ -242,9 +242,9 @@ def test_a_second_that_is_the_same_schedule_is_called_that(
     made: Made, solved: Sensitivity, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     graph, plan = made
-    monkeypatch.setattr("dovetail.plan_explain.sensitivity", lambda *more: solved)
+    monkeypatch.setattr("dovetail.plans.explain.sensitivity", lambda *more: solved)
     here = Candidate("by_another_name", plan.knobs, plan.prediction.seconds)
-    monkeypatch.setattr("dovetail.plan_explain.choose", lambda *more: plan)
+    monkeypatch.setattr("dovetail.plans.explain.choose", lambda *more: plan)
     found = explain(graph, replace(plan, candidates=(*plan.candidates, here)), quiet)
     assert found.second is not None and found.second.same
     text = " ".join(explanation_text(found).split())
@@ -255,7 +255,7 @@ def test_a_second_of_a_policy_that_is_gone(
     made: Made, solved: Sensitivity, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     graph, plan = made
-    monkeypatch.setattr("dovetail.plan_explain.sensitivity", lambda *more: solved)
+    monkeypatch.setattr("dovetail.plans.explain.sensitivity", lambda *more: solved)
     candidates = (Candidate("of_old", {"seqs": 1}, plan.prediction.seconds * 2),)
     found = explain(graph, replace(plan, candidates=candidates), quiet)
     text = " ".join(explanation_text(found).split())

@@ -23,13 +23,13 @@ from dovetail.ir.timeline import Timeline
 from dovetail.ir.units import format_bytes, format_duration
 from dovetail.passes.apply_moves import apply_moves
 from dovetail.passes.choose import choose
-from dovetail.plan_explain import Second, reasons
-from dovetail.plan_report import findings, tiers, write_report
-from dovetail.plan_report_lanes import occupancy
-from dovetail.plan_report_page import STYLE, page, tag
-from dovetail.plan_report_sections import html
-from dovetail.plan_report_svg import NAMES, colour, draw, hint
-from dovetail.timeline_file import compare, write_trace
+from dovetail.plans.explain import Second, reasons
+from dovetail.plans.report import findings, tiers, write_report
+from dovetail.plans.report_lanes import occupancy
+from dovetail.plans.report_page import STYLE, page, tag
+from dovetail.plans.report_sections import html
+from dovetail.plans.report_svg import NAMES, colour, draw, hint
+from dovetail.plans.timeline_file import compare, write_trace
 
 Made = tuple[TaskGraph, Plan]
 SECTIONS = ("time", "memory", "candidates", "sensitivity", "plan")

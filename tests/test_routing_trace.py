@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dovetail.ir.errors import InputError, OutputError
-from dovetail.routing_trace import (
+from dovetail.routing.trace import (
     RoutingTrace,
     load_trace,
     make_trace,

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dovetail.staleness import (
+from dovetail.tuning.staleness import (
     ACTIONS,
     FIELDS,
     NAMES,

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from dovetail.ir.errors import InputError, OutputError
 from dovetail.ir.program import Segment
 from dovetail.ir.timeline import Span, Timeline, chrome_trace
-from dovetail.timeline_file import read_measured, write_trace
-from dovetail.timeline_panel import Panel, segment_classes, span_class
+from dovetail.plans.timeline_file import read_measured, write_trace
+from dovetail.plans.timeline_panel import Panel, segment_classes, span_class
 
 MS = 1e-3
 PREDICTED = Timeline("predicted", (Span("cpu0", "run", "layer_0.before", 1, 0.0, MS, 7),))

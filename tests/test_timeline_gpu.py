@@ -15,9 +15,9 @@ from dovetail.passes.apply_moves import apply_moves
 from dovetail.passes.choose import choose
 from dovetail.passes.gpu_cost import GpuCosts
 from dovetail.passes.gpu_predict import GpuPredictor, alike_layers
-from dovetail.plan_report import findings
-from dovetail.plan_report_lanes import occupancy
-from dovetail.timeline_gpu import gpu_panels, gpu_rings, gpu_timeline
+from dovetail.plans.report import findings
+from dovetail.plans.report_lanes import occupancy
+from dovetail.plans.timeline_gpu import gpu_panels, gpu_rings, gpu_timeline
 
 GRAPH = captured("deepseek_v2")
 

@@ -15,10 +15,10 @@ from torch import Tensor, fx, nn
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import counters
 
-from dovetail import torch_backend
+from dovetail.doors import torch_backend
+from dovetail.doors.region_choice import EAGER, Choice
+from dovetail.doors.traced_experts import match_experts
 from dovetail.ir.errors import InputError
-from dovetail.region_choice import EAGER, Choice
-from dovetail.traced_experts import match_experts
 
 FAMILIES = ("olmoe", "gpt_oss")
 

@@ -20,13 +20,13 @@ from dovetail.passes.lower import lower
 from dovetail.passes.memory import ram_bytes
 from dovetail.planning import corrected
 from dovetail.runtime import calibrate_host as host
-from dovetail.tune_clock import Tick
-from dovetail.tune_correct import MOST, correct, factors
-from dovetail.tune_plan import decide
-from dovetail.tune_sample import Prompts, sample_of
-from dovetail.tune_samplers import SAMPLERS, make_sampler, rebuild
-from dovetail.tune_search import CONFIRM, DEFAULT, GATE, moves_of
-from dovetail.tune_space import knob_shares, moves_digest, point_of
+from dovetail.tuning.clock import Tick
+from dovetail.tuning.correct import MOST, correct, factors
+from dovetail.tuning.plan import decide
+from dovetail.tuning.sample import Prompts, sample_of
+from dovetail.tuning.samplers import SAMPLERS, make_sampler, rebuild
+from dovetail.tuning.search import CONFIRM, DEFAULT, GATE, moves_of
+from dovetail.tuning.space import knob_shares, moves_digest, point_of
 from dovetail.tuning_db.database import Database
 from dovetail.tuning_db.facts import Correction, Trial
 from dovetail.tuning_db.trials import Trials

@@ -13,9 +13,9 @@ from tests.plan_cases import MACHINE
 
 from dovetail.ir.plan import Evidence, Plan
 from dovetail.passes.choose import choose
-from dovetail.routing_guard import ENOUGH, EVERY, LoadCounter, RoutingGuard, Sinks
-from dovetail.tune_quiet import Others
-from dovetail.tune_worker import PROBES, TOLERANCES, Probe
+from dovetail.routing.guard import ENOUGH, EVERY, LoadCounter, RoutingGuard, Sinks
+from dovetail.tuning.quiet import Others
+from dovetail.tuning.worker import PROBES, TOLERANCES, Probe
 
 
 @pytest.fixture(scope="module")

@@ -15,13 +15,13 @@ from dovetail.passes.apply_moves import Layout, apply_moves
 from dovetail.passes.choose import smallest_budget
 from dovetail.passes.policies import module_batch
 from dovetail.passes.policies.common import Setting
-from dovetail.tune_clock import Clock, Tick
-from dovetail.tune_measure import Pairs
-from dovetail.tune_rank import Ranker
-from dovetail.tune_samplers import Sampler, make_sampler
-from dovetail.tune_search import Search
-from dovetail.tune_space import Space, moves_digest
-from dovetail.tune_worker import Answer
+from dovetail.tuning.clock import Clock, Tick
+from dovetail.tuning.measure import Pairs
+from dovetail.tuning.rank import Ranker
+from dovetail.tuning.samplers import Sampler, make_sampler
+from dovetail.tuning.search import Search
+from dovetail.tuning.space import Space, moves_digest
+from dovetail.tuning.worker import Answer
 from dovetail.tuning_db.database import Database
 from dovetail.tuning_db.facts import Key, Protocol, Task, Tuning
 from dovetail.tuning_db.trials import Trials

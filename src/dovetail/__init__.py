@@ -5,16 +5,16 @@ Give it a model, a machine, a budget and a workload; it returns a plan one can r
 
 from typing import TYPE_CHECKING
 
-from dovetail.registration import register_when_imported
+from dovetail.doors.registration import register_when_imported
 
 if TYPE_CHECKING:
-    from dovetail.compiling import compile as compile
-    from dovetail.loading import load as load
+    from dovetail.doors.compiling import compile as compile
+    from dovetail.doors.loading import load as load
 
 __version__ = "0.1.0"
 __all__ = ["compile", "load"]
 
-_HOMES = {"compile": "dovetail.compiling", "load": "dovetail.loading"}
+_HOMES = {"compile": "dovetail.doors.compiling", "load": "dovetail.doors.loading"}
 """Where the public functions are; imported when they are first used, since they need torch."""
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from dovetail import __version__
 from dovetail.ir.errors import DovetailError
-from dovetail.kernel_commands import kernels_parser
+from dovetail.kernels.commands import kernels_parser
 from dovetail.system_errors import as_output_error
-from dovetail.tuning_cli import db_parser, tune_parser
+from dovetail.tuning.commands import db_parser, tune_parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -169,7 +169,7 @@ def _make_parser(parser: argparse.ArgumentParser) -> None:
 
 
 def _plan_make(options: argparse.Namespace) -> int:
-    from dovetail.plan_commands import make
+    from dovetail.plans.commands import make
 
     return make(options)
 
@@ -182,7 +182,7 @@ def _show_parser(parser: argparse.ArgumentParser) -> None:
 
 
 def _plan_show(options: argparse.Namespace) -> int:
-    from dovetail.plan_commands import show
+    from dovetail.plans.commands import show
 
     return show(options.plan, graph=options.graph, program=options.program)
 
@@ -194,7 +194,7 @@ def _check_parser(parser: argparse.ArgumentParser) -> None:
 
 
 def _plan_check(options: argparse.Namespace) -> int:
-    from dovetail.plan_commands import check
+    from dovetail.plans.commands import check
 
     return check(options.plan, here=options.here)
 
@@ -206,7 +206,7 @@ def _diff_parser(parser: argparse.ArgumentParser) -> None:
 
 
 def _plan_diff(options: argparse.Namespace) -> int:
-    from dovetail.plan_commands import diff
+    from dovetail.plans.commands import diff
 
     return diff(options.before, options.after)
 
@@ -218,7 +218,7 @@ def _explain_parser(parser: argparse.ArgumentParser) -> None:
 
 
 def _plan_explain(options: argparse.Namespace) -> int:
-    from dovetail.plan_commands import explain
+    from dovetail.plans.commands import explain
 
     return explain(options.plan, as_json=options.json)
 
@@ -231,7 +231,7 @@ def _report_parser(parser: argparse.ArgumentParser) -> None:
 
 
 def _plan_report(options: argparse.Namespace) -> int:
-    from dovetail.plan_commands import report
+    from dovetail.plans.commands import report
 
     return report(options.plan, options.out, fast=options.fast)
 
@@ -244,7 +244,7 @@ def _timeline_parser(parser: argparse.ArgumentParser) -> None:
 
 
 def _plan_timeline(options: argparse.Namespace) -> int:
-    from dovetail.plan_commands import timeline
+    from dovetail.plans.commands import timeline
 
     return timeline(options.plan, options.out, options.picture)
 
@@ -284,7 +284,7 @@ def _place_make_parser(parser: argparse.ArgumentParser) -> None:
 
 
 def _place_make(options: argparse.Namespace) -> int:
-    from dovetail.place_commands import make
+    from dovetail.place.commands import make
 
     return make(options)
 
@@ -303,7 +303,7 @@ def _place_run_parser(parser: argparse.ArgumentParser) -> None:
 
 
 def _place_run(options: argparse.Namespace) -> int:
-    from dovetail.place_run import run
+    from dovetail.place.run import run
 
     return run(options)
 
@@ -321,7 +321,7 @@ def _place_explain_parser(parser: argparse.ArgumentParser) -> None:
 
 
 def _place_explain(options: argparse.Namespace) -> int:
-    from dovetail.place_commands import explain
+    from dovetail.place.commands import explain
 
     return explain(options)
 

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 
 import torch
 
+from dovetail.doors.generate_arguments import Wanted
+from dovetail.doors.plan_cache import Bucket, PlanCache, Planned, plan_for
 from dovetail.execute import Execution
-from dovetail.generate_arguments import Wanted
 from dovetail.ir.batching import Request
 from dovetail.ir.errors import ModelError
 from dovetail.ir.plan import Plan
 from dovetail.ir.timeline import Timeline
-from dovetail.plan_cache import Bucket, PlanCache, Planned, plan_for
 from dovetail.runtime.memory_weights import MemoryWeights
 from dovetail.runtime.safetensors_index import CheckpointIndex
 

@@ -26,12 +26,12 @@ from dovetail.planning import Request, plan_apart
 from dovetail.progress import Progress
 from dovetail.prompts import Prompt, PromptSet, read_prompts
 from dovetail.report import Report, save_run, table
-from dovetail.routing_guard import RoutingGuard, Sinks
-from dovetail.routing_record import RoutingRecord, check_recorded
+from dovetail.routing.guard import RoutingGuard, Sinks
+from dovetail.routing.record import RoutingRecord, check_recorded
 from dovetail.runtime import calibrate_host as host
 from dovetail.runtime.generate import Finished
 from dovetail.runtime.sampling import Sampling
-from dovetail.staleness import Grade, environment_here, plan_staleness
+from dovetail.tuning.staleness import Grade, environment_here, plan_staleness
 from dovetail.tuning_db.database import Database, Run, TaskSample
 
 log = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ from dovetail.checkpoint import ModelFolder
 from dovetail.ir.errors import InputError
 from dovetail.prompts import Prompt
 from dovetail.run import load_prompts
-from dovetail.tune_ray import run_command, run_on_ray
+from dovetail.tuning.ray_fleet import run_command, run_on_ray
 
 PASSED = ("budget", "policy", "machine", "plan", "temperature", "top_k", "top_p", "seed")
 """Options that every shard's run gets as they are, where they are given."""

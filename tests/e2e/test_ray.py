@@ -12,7 +12,7 @@ from dovetail.cli import main
 from dovetail.ir.errors import InputError
 from dovetail.ir.plan import load_plan
 from dovetail.machine_files import save_machine
-from dovetail.tune_ray import run_on_ray
+from dovetail.tuning.ray_fleet import run_on_ray
 from dovetail.tuning_db.database import Database
 from dovetail.tuning_db.maintain import check
 from dovetail.tuning_db.trials import Trials

@@ -31,8 +31,8 @@ from dovetail.ir.plan import Plan
 from dovetail.machine_files import save_machine
 from dovetail.passes.apply_moves import apply_moves
 from dovetail.passes.lower import lower
-from dovetail.routing_record import RoutingRecord, check_recorded, record_path
-from dovetail.routing_trace import RoutingTrace, load_trace
+from dovetail.routing.record import RoutingRecord, check_recorded, record_path
+from dovetail.routing.trace import RoutingTrace, load_trace
 from dovetail.runtime.generate import Generator
 
 NEW = 5

@@ -18,7 +18,7 @@ from dovetail.cli import main
 from dovetail.ir import codec
 from dovetail.ir.plan import load_plan
 from dovetail.machine_files import save_machine
-from dovetail.staleness import Grade, plan_staleness
+from dovetail.tuning.staleness import Grade, plan_staleness
 from dovetail.tuning_db.database import Database
 from dovetail.tuning_db.maintain import check, counts
 from dovetail.tuning_db.trials import Trials

@@ -1,0 +1,1 @@
+"""The front doors: `compile`, `load`, torch.compile's backend and experts for transformers."""

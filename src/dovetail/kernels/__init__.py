@@ -1,0 +1,1 @@
+"""`dovetail kernels`: the Triton kernels of a checkpoint, written and checked as files."""

@@ -1,0 +1,1 @@
+"""`dovetail place`: experts over devices, from loads to files that serving systems read."""

@@ -1,0 +1,1 @@
+"""What people do with plan files: make, show, check, explain, report and draw them."""

@@ -1,0 +1,1 @@
+"""Routing traces: which experts each token chose, recorded, kept and compared."""

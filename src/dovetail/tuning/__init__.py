@@ -1,0 +1,1 @@
+"""`dovetail tune` and `dovetail db`: what is measured, kept and believed."""

@@ -1,0 +1,218 @@
+"""Samplers of the tuner: which points to look at next.
+
+Every sampler proposes points and is told what came of them: the median ratio to the default, that a
+point does not fit (a constraint, by how much), or that the cost model ruled it out. State lives in
+memory only and is rebuilt from the database's rows, in their order, when a tuning is resumed.
+"""
+
+import random
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import optuna
+from optuna.distributions import BaseDistribution, IntDistribution
+from optuna.trial import TrialState
+
+from dovetail.tuning.space import Ladders, Point
+
+FIT = "fits"
+"""The name of the constraint that a schedule stays within the budget."""
+KICK = 3
+"""Knobs that a restart of the coordinate descent changes."""
+
+
+class Sampler(Protocol):
+    """What the tuner asks of a sampler."""
+
+    def propose(self, count: int) -> list[dict[str, int]]:
+        """Up to ``count`` points; none when the space is used up."""
+        ...
+
+    def tell(self, point: Point, ratio: float) -> None:
+        """The point was timed: below 1 is faster than the default."""
+        ...
+
+    def tell_over(self, point: Point, over: float) -> None:
+        """The point exceeds the budget by this share."""
+        ...
+
+    def tell_skipped(self, point: Point, predicted: float) -> None:
+        """The point is not timed, since the cost model rules out this ratio."""
+        ...
+
+    def tell_later(self, point: Point, predicted: float) -> None:
+        """Another point was timed first; this one may be proposed again."""
+        ...
+
+
+class OptunaSampler:
+    """An optuna sampler over positions on the ladders.
+
+    An infeasible point is a constraint on a finished trial, never a failed one: told as failures,
+    univariate TPE proposed 84 % invalid points in a trial of ours.
+    """
+
+    def __init__(self, space: Ladders, sampler: optuna.samplers.BaseSampler) -> None:
+        self._space = space
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        self._study = optuna.create_study(sampler=sampler)
+        self._spread: dict[str, BaseDistribution] = {
+            name: IntDistribution(0, len(values) - 1) for name, values in space.ladders.items()
+        }
+        self._asked: dict[tuple[int, ...], optuna.Trial] = {}
+        if space.ladders:
+            self.tell(space.base, 1.0)
+
+    def propose(self, count: int) -> list[dict[str, int]]:
+        """``count`` points, new or old."""
+        found = []
+        for _ in range(count):
+            trial = self._study.ask(self._spread)
+            values = {name: self._space.ladders[name][at] for name, at in trial.params.items()}
+            self._asked[self._place(values)] = trial
+            found.append(self._space.complete(values))
+        return found
+
+    def tell(self, point: Point, ratio: float) -> None:
+        """A finished trial."""
+        self._end(point, ratio, TrialState.COMPLETE, over=0.0)
+
+    def tell_over(self, point: Point, over: float) -> None:
+        """A finished trial that breaks the constraint; its value counts for nothing."""
+        self._end(point, 10.0, TrialState.COMPLETE, over=over)
+
+    def tell_skipped(self, point: Point, predicted: float) -> None:
+        """A pruned trial."""
+        self._end(point, predicted, TrialState.PRUNED, over=0.0)
+
+    def tell_later(self, point: Point, predicted: float) -> None:
+        """A pruned trial too: what it learns from is the prediction."""
+        self._end(point, predicted, TrialState.PRUNED, over=0.0)
+
+    def _place(self, point: Point) -> tuple[int, ...]:
+        return tuple(values.index(point[name]) for name, values in self._space.ladders.items())
+
+    def _end(self, point: Point, value: float, state: TrialState, over: float) -> None:
+        place = self._place(point)
+        asked = self._asked.pop(place, None)
+        if asked is not None:
+            asked.set_constraint(FIT, over)
+            if state is TrialState.PRUNED:
+                asked.report(value, 0)
+                self._study.tell(asked, state=state)
+            else:
+                self._study.tell(asked, value)
+            return
+        pruned = state is TrialState.PRUNED
+        self._study.add_trial(
+            optuna.trial.create_trial(
+                state=state,
+                value=None if pruned else value,
+                params=dict(zip(self._space.ladders, place, strict=True)),
+                distributions=self._spread,
+                intermediate_values={0: value} if pruned else None,
+                constraints={FIT: over},
+            )
+        )
+
+
+class CoordinateDescent:
+    """Coordinate descent with restarts: all points one value away from the best so far; once none
+    of them is better, again from the best with KICK knobs set at random."""
+
+    def __init__(self, space: Ladders, seed: int) -> None:
+        self._space, self._random = space, random.Random(seed)
+        self._told: dict[tuple[int, ...], float] = {}
+        self._here: dict[str, int] = dict(space.base)
+        self._best: tuple[float, dict[str, int]] = (1.0, dict(space.base))
+        self._told[self._place(space.base)] = 1.0
+
+    def propose(self, count: int) -> list[dict[str, int]]:
+        """Neighbours of the place where it stands that were not told of."""
+        for _ in range(20):
+            fresh = [
+                point
+                for _, point in self._space.neighbours(self._here)
+                if self._place(point) not in self._told
+            ]
+            if self._place(self._here) not in self._told:
+                fresh.insert(0, dict(self._here))
+            if fresh:
+                return fresh[:count]
+            self._here = self._kicked()
+        return []
+
+    def tell(self, point: Point, ratio: float) -> None:
+        """Move to the point if it is better than where it stands."""
+        complete = self._space.complete(point)
+        self._told[self._place(complete)] = ratio
+        if ratio < self._told.get(self._place(self._here), float("inf")):
+            self._here = complete
+        if ratio < self._best[0]:
+            self._best = (ratio, complete)
+
+    def tell_over(self, point: Point, over: float) -> None:
+        """Never go there."""
+        self._told[self._place(point)] = float("inf")
+
+    def tell_skipped(self, point: Point, predicted: float) -> None:
+        """Not better than where it stands."""
+        self._told[self._place(point)] = float("inf")
+
+    def tell_later(self, point: Point, predicted: float) -> None:
+        """It stays among the neighbours."""
+
+    def _place(self, point: Point) -> tuple[int, ...]:
+        return tuple(values.index(point[name]) for name, values in self._space.ladders.items())
+
+    def _kicked(self) -> dict[str, int]:
+        point = dict(self._best[1])
+        names = sorted(self._space.ladders)
+        for name in self._random.sample(names, min(KICK, len(names))):
+            point[name] = self._random.choice(self._space.ladders[name])
+        return point
+
+
+def make_sampler(name: str, space: Ladders, seed: int) -> Sampler:
+    """The sampler of this name: one of SAMPLERS."""
+    if name == "coordinate":
+        return CoordinateDescent(space, seed)
+    with warnings.catch_warnings():
+        # group and multivariate are marked experimental in some releases.
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        if name == "tpe":
+            made: optuna.samplers.BaseSampler = optuna.samplers.TPESampler(
+                multivariate=True, group=True, seed=seed
+            )
+        elif name == "nsga2":
+            made = optuna.samplers.NSGAIISampler(population_size=16, seed=seed)
+        else:
+            assert name == "random", name
+            made = optuna.samplers.RandomSampler(seed=seed)
+    return OptunaSampler(space, made)
+
+
+SAMPLERS: Mapping[str, str] = {
+    "coordinate": "coordinate descent with restarts",
+    "tpe": "tree-structured Parzen estimator, multivariate (optuna)",
+    "nsga2": "NSGA-II, an evolutionary search (optuna)",
+    "random": "uniform (optuna)",
+}
+
+
+def rebuild(
+    sampler: Sampler, space: Ladders, rows: Sequence[tuple[Mapping[str, int | bool | str], float]]
+) -> int:
+    """Tell the sampler of rows (knobs and ratio, infinite for what failed), oldest first, that lie
+    in today's space; returns how many do."""
+    count = 0
+    for knobs, ratio in rows:
+        if space.holds(knobs):
+            point = {name: int(value) for name, value in knobs.items()}
+            if ratio == float("inf"):
+                sampler.tell_over(space.complete(point), 1.0)
+            else:
+                sampler.tell(space.complete(point), ratio)
+            count += 1
+    return count
