@@ -4,16 +4,20 @@ Every engine takes its operations in the loop's order; an operation starts when 
 what it comes after has ended, and its pools have room. Pools give room in the order of acquisition.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 from dovetail.ir.errors import VerifyError
 from dovetail.ir.timeline import Span, Timeline
 from dovetail.passes.loop_body import TICK, Loop
-from dovetail.solvers.loop_problem import Hold, Op
+from dovetail.passes.loop_work import Order
+from dovetail.solvers.loop_problem import Hold, LoopProblem, Op
 
 WARM, MEASURED = 4, 4
 """Iterations before the period is measured, and over how many."""
+UNKNOWN = -1
+"""A time that is not known yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,28 +30,43 @@ class Pace:
 
 def pace(loop: Loop) -> Pace:
     """How fast layers follow each other."""
-    ahead = max(shift for order in loop.order.values() for _, shift in order)
+    problem = loop.problem
+    pools, order = tuple(problem.pools.items()), tuple(loop.order.items())
+    return _pace(problem.ops, problem.holds, pools, order)
+
+
+@lru_cache(maxsize=2048)
+def _pace(
+    ops: tuple[Op, ...],
+    holds: tuple[Hold, ...],
+    pools: tuple[tuple[str, int], ...],
+    order: tuple[tuple[str, tuple[tuple[str, int], ...]], ...],
+) -> Pace:
+    """``pace`` of equal loops, of which a search over knobs meets many, is worked out once."""
+    ahead = max(shift for _, items in order for _, shift in items)
     # The last iterations have nothing to run ahead for, so they are not measured.
     last = WARM + MEASURED
-    run = _Run(loop, last + ahead)
+    run = _Run(LoopProblem(ops, holds, dict(pools)), dict(order), last + ahead)
     run.finish()
-    ends = [run.end_of(i) for i in range(last + ahead)]
-    busiest = max(loop.loads().values()) / TICK
-    period = max((ends[last - 1] - ends[WARM - 1]) / MEASURED, busiest)
+    ends = run.ends()
+    busy: dict[str, int] = {}
+    for op in ops:
+        busy[op.engine] = busy.get(op.engine, 0) + op.duration
+    period = max((ends[last - 1] - ends[WARM - 1]) / MEASURED, max(busy.values()))
     return Pace(period * TICK, max(0.0, ends[-1] - period * (last + ahead)) * TICK)
 
 
 def timeline(loop: Loop, iterations: int) -> Timeline:
     """The predicted timeline of ``iterations`` layers; a span's step is its layer."""
-    run = _Run(loop, iterations)
+    run = _Run(loop.problem, loop.order, iterations)
     run.finish()
-    return Timeline("predicted", tuple(run.spans()))
+    return Timeline("predicted", tuple(run.spans(loop.classes)))
 
 
 def held(loop: Loop, iterations: int, iteration: int) -> dict[str, list[tuple[float, float]]]:
     """For every pool, from when to when each unit that ``iteration`` takes is held, in seconds of a
     run of ``iterations`` layers."""
-    run = _Run(loop, iterations)
+    run = _Run(loop.problem, loop.order, iterations)
     run.finish()
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in loop.problem.pools}
     for hold in loop.problem.holds:
@@ -55,120 +74,151 @@ def held(loop: Loop, iterations: int, iteration: int) -> dict[str, list[tuple[fl
     return {pool: sorted(spans) for pool, spans in found.items() if spans}
 
 
+class _Held:
+    """Units of a pool that iteration ``iteration`` took, until ``end`` (UNKNOWN so far)."""
+
+    __slots__ = ("end", "iteration", "lasts", "units")
+
+    def __init__(self, units: int, lasts: list[tuple[int, int]], iteration: int) -> None:
+        self.units, self.lasts, self.iteration, self.end = units, lasts, iteration, UNKNOWN
+
+
 class _Run:
-    """The state of one simulation, in ticks."""
+    """The state of one simulation, in ticks. Operations go by their place in the problem, since
+    planning simulates thousands of loops."""
 
-    def __init__(self, loop: Loop, iterations: int) -> None:
-        self._loop, self._iterations = loop, iterations
-        self._ops: Mapping[str, Op] = {op.name: op for op in loop.problem.ops}
-        self._first: dict[str, list[Hold]] = {}
-        for hold in loop.problem.holds:
-            self._first.setdefault(hold.first, []).append(hold)
-        self._queues = {engine: list(self._queue(engine)) for engine in loop.order}
-        self._at = dict.fromkeys(self._queues, 0)
-        self._free = dict.fromkeys(self._queues, 0)
-        self._start: dict[tuple[str, int], int] = {}
-        self._end: dict[tuple[str, int], int] = {}
-        self._taken: dict[str, list[tuple[Hold, int]]] = {name: [] for name in loop.problem.pools}
+    def __init__(self, problem: LoopProblem, order: Order, iterations: int) -> None:
+        ops = problem.ops
+        self._problem, self._iterations = problem, iterations
+        self._place = {op.name: place for place, op in enumerate(ops)}
+        self._durations = [op.duration for op in ops]
+        self._after = [self._places(op.after) for op in ops]
+        self._holds: list[list[tuple[str, int, list[tuple[int, int]]]]] = [[] for _ in ops]
+        for hold in problem.holds:
+            held = (hold.pool, hold.units, self._places(hold.last))
+            self._holds[self._place[hold.first]].append(held)
+        self._queues = [self._queue(self._places(items)) for items in order.values()]
+        self._engines = tuple(order)
+        self._start = [[UNKNOWN] * iterations for _ in ops]
+        self._end = [[UNKNOWN] * iterations for _ in ops]
+        self._taken: dict[str, list[_Held]] = {name: [] for name in problem.pools}
+        self._awaited: tuple[int, int] | None = None
 
-    def _queue(self, engine: str) -> list[tuple[str, int]]:
-        order = self._loop.order[engine]
+    def _places(self, items: Iterable[tuple[str, int]]) -> list[tuple[int, int]]:
+        return [(self._place[name], distance) for name, distance in items]
+
+    def _queue(self, order: list[tuple[int, int]]) -> list[tuple[int, int]]:
         ahead = max(shift for _, shift in order)
         return [
-            (name, i + shift)
+            (place, i + shift)
             for i in range(-ahead, self._iterations)
-            for name, shift in order
+            for place, shift in order
             if 0 <= i + shift < self._iterations
         ]
 
     def finish(self) -> None:
         """Run everything. Raises VerifyError if engines wait for each other in a cycle."""
+        ends, try_ = self._end, self._try
+        at, free = [0] * len(self._queues), [0] * len(self._queues)
+        # What each engine waits for: an operation of an iteration, or a pool (None).
+        awaited: list[tuple[int, int] | None] = [None] * len(self._queues)
         moved = True
         while moved:
             moved = False
-            for engine, queue in self._queues.items():
-                while self._at[engine] < len(queue) and self._try(engine, *queue[self._at[engine]]):
-                    self._at[engine] += 1
+            for engine, queue in enumerate(self._queues):
+                wait = awaited[engine]
+                if wait and ends[wait[0]][wait[1]] < 0:
+                    continue
+                while at[engine] < len(queue):
+                    end = try_(free[engine], *queue[at[engine]])
+                    if end < 0:
+                        awaited[engine] = self._awaited
+                        break
+                    free[engine] = end
+                    at[engine] += 1
                     moved = True
-        stuck = [e for e, queue in self._queues.items() if self._at[e] < len(queue)]
+        stuck = [e for e, queue in enumerate(self._queues) if at[e] < len(queue)]
         if stuck:
-            where = "; ".join(f"{e} at {self._queues[e][self._at[e]][0]}" for e in stuck)
+            names = [self._problem.ops[self._queues[e][at[e]][0]].name for e in stuck]
+            pairs = zip(stuck, names, strict=True)
+            where = "; ".join(f"{self._engines[e]} at {name}" for e, name in pairs)
             raise VerifyError(f"engines wait for each other in a cycle: {where}")
 
-    def _try(self, engine: str, name: str, iteration: int) -> bool:
-        op, start = self._ops[name], self._free[engine]
-        for before, distance in op.after:
+    def _try(self, start: int, place: int, iteration: int) -> int:
+        """Run an operation no earlier than ``start``; its end, or UNKNOWN if it has to wait."""
+        ends = self._end
+        for before, distance in self._after[place]:
             if iteration >= distance:
-                end = self._end.get((before, iteration - distance))
-                if end is None:
-                    return False
-                start = max(start, end)
-        for hold in self._first.get(name, ()):
-            room = self._room(hold, start)
-            if room is None:
-                return False
-            start = room
-        for hold in self._first.get(name, ()):
-            self._taken[hold.pool].append((hold, iteration))
-        self._start[name, iteration] = start
-        self._end[name, iteration] = self._free[engine] = start + op.duration
-        return True
+                end = ends[before][iteration - distance]
+                if end < 0:
+                    self._awaited = (before, iteration - distance)
+                    return UNKNOWN
+                if end > start:
+                    start = end
+        holds = self._holds[place]
+        for pool, units, _ in holds:
+            start = self._room(pool, units, start)
+            if start < 0:
+                self._awaited = None
+                return UNKNOWN
+        for pool, units, lasts in holds:
+            self._taken[pool].append(_Held(units, lasts, iteration))
+        self._start[place][iteration] = start
+        end = ends[place][iteration] = start + self._durations[place]
+        return end
 
-    def _room(self, hold: Hold, start: int) -> int | None:
-        """When the pool has room for one more, or None while that is not known."""
-        capacity, taken = self._loop.problem.pools[hold.pool], self._taken[hold.pool]
-        used, releases = 0, []
-        for other, iteration in taken:
-            end = self._release(other, iteration)
-            used += other.units
-            if end is not None:
-                releases.append((end, other.units))
-        for end, units in sorted(releases):
-            if used + hold.units <= capacity:
-                break
-            used -= units
-            start = max(start, end)
-        if used + hold.units > capacity:
-            return None
-        self._taken[hold.pool] = [
-            t for t in taken if (end := self._release(*t)) is None or end > start
-        ]
+    def _room(self, pool: str, units: int, start: int) -> int:
+        """When the pool has room for so many more, or UNKNOWN while that is not known."""
+        taken = self._taken[pool]
+        over = units - self._problem.pools[pool]
+        for held in taken:
+            over += held.units
+            if held.end < 0:
+                held.end = self._release(held.lasts, held.iteration)
+        if over > 0:
+            for end, freed in sorted((held.end, held.units) for held in taken if held.end >= 0):
+                over -= freed
+                start = max(start, end)
+                if over <= 0:
+                    break
+            else:
+                return UNKNOWN
+        self._taken[pool] = [held for held in taken if held.end < 0 or held.end > start]
         return start
 
-    def _release(self, hold: Hold, iteration: int) -> int | None:
+    def _release(self, lasts: list[tuple[int, int]], iteration: int) -> int:
         latest = 0
-        for name, distance in hold.last:
-            if iteration + distance >= self._iterations:
-                continue
-            end = self._end.get((name, iteration + distance))
-            if end is None:
-                return None
-            latest = max(latest, end)
+        for place, distance in lasts:
+            if iteration + distance < self._iterations:
+                end = self._end[place][iteration + distance]
+                if end < 0:
+                    return UNKNOWN
+                if end > latest:
+                    latest = end
         return latest
 
     def interval(self, hold: Hold, iteration: int) -> tuple[float, float]:
         """From when to when a unit is held, in seconds."""
-        start = self._start[hold.first, iteration]
-        end = self._release(hold, iteration)
-        assert end is not None
+        start = self._start[self._place[hold.first]][iteration]
+        end = self._release(self._places(hold.last), iteration)
+        assert start >= 0 and end >= 0
         return start * TICK, max(end, start) * TICK
 
-    def end_of(self, iteration: int) -> int:
-        """When the last operation of an iteration on the GPU ends."""
-        return max(
-            end
-            for (name, i), end in self._end.items()
-            if i == iteration and self._ops[name].engine == "gpu0"
-        )
+    def ends(self) -> list[int]:
+        """When the last operation of every iteration on the GPU ends."""
+        ops = zip(self._problem.ops, self._end, strict=True)
+        return [
+            max(each) for each in zip(*(e for op, e in ops if op.engine == "gpu0"), strict=True)
+        ]
 
-    def spans(self) -> list[Span]:
+    def spans(self, classes: Mapping[str, str]) -> list[Span]:
         """Everything that took time."""
         found = []
-        for (name, iteration), start in self._start.items():
-            end, engine = self._end[name, iteration], self._ops[name].engine
-            if end > start:
-                kind, title = self._loop.classes[name].split(":", 1)
-                found.append(
-                    Span(engine, kind, title, iteration, start * TICK, end * TICK, iteration)
-                )
+        for op, starts, ends in zip(self._problem.ops, self._start, self._end, strict=True):
+            kind, title = classes[op.name].split(":", 1)
+            found += [
+                Span(op.engine, kind, title, i, start * TICK, end * TICK, i)
+                for i, (start, end) in enumerate(zip(starts, ends, strict=True))
+                if end > start
+            ]
         return sorted(found, key=lambda span: (span.start, span.engine))
