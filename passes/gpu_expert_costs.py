@@ -54,6 +54,7 @@ class GpuExpertCosts:
         self._one: dict[tuple[int, str, float], float] = {}
         self._slowest: dict[tuple[object, ...], float] = {}
         self._deals: dict[tuple[object, ...], Deal] = {}
+        self._traffics: dict[int, tuple[int, int, int]] = {}
 
     def expert_loads(self, experts: Experts, loads: Sequence[Load], tile: int) -> float:
         """Mean seconds of experts with these loads on one GPU, in products of ``tile`` rows at
@@ -73,17 +74,27 @@ class GpuExpertCosts:
         return seconds + launches * EXPERT_KERNELS * self.gpu.op_seconds
 
     def _expert(self, experts: Experts, rows: float) -> float:
-        flops = 2 * rows * expert_parameters(experts)
-        moved = experts.nbytes + rows * (2 * experts.hidden + 4 * experts.intermediate) * self._item
-        return max(flops / self.gemm.at(rows), moved / self.gpu.hbm_bandwidth)
+        flops, nbytes, more = self._traffic(experts)
+        return max(
+            rows * flops / self.gemm.at(rows), (nbytes + rows * more) / self.gpu.hbm_bandwidth
+        )
+
+    def _traffic(self, experts: Experts) -> tuple[int, int, int]:
+        """FLOPs of a token in one expert, the expert's bytes, and bytes that a token moves."""
+        key = id(experts)
+        if key not in self._traffics:
+            more = (2 * experts.hidden + 4 * experts.intermediate) * self._item
+            self._traffics[key] = 2 * expert_parameters(experts), experts.nbytes, more
+        return self._traffics[key]
 
     def _each(self, experts: Experts, rows: Floats) -> Floats:
         """Seconds of one expert with each of these numbers of tokens; 0 for none."""
         curve = self.gemm
         rates = np.interp(np.log2(np.maximum(rows, curve.x[0])), np.log2(curve.x), curve.y)
-        flops = 2 * rows * expert_parameters(experts)
-        moved = experts.nbytes + rows * (2 * experts.hidden + 4 * experts.intermediate) * self._item
-        seconds: Floats = np.maximum(flops / rates, moved / self.gpu.hbm_bandwidth)
+        flops, nbytes, more = self._traffic(experts)
+        seconds: Floats = np.maximum(
+            rows * flops / rates, (nbytes + rows * more) / self.gpu.hbm_bandwidth
+        )
         return np.where(rows > 0, seconds, 0.0)
 
     def host_experts(self, experts: Experts, count: float, rows: float) -> float:

@@ -28,6 +28,13 @@ from dovetail.passes.loop_work import TICK, StepWork
 ENGINES = ("gpu0", "gpu1", "h2d", "d2h", "disk", "cpu")
 ROWS = (*ENGINES, "turn", "alone", "refill")
 """What may be busiest in a layer."""
+ALONE = {
+    "prefill": ("gpu0",),
+    "hbm": ("gpu0", "gpu1"),
+    "copied": ("gpu0", "gpu1"),
+    "cpu": ENGINES,
+}
+"""Engines that one bundle's attention passes one after the other, by its kind."""
 ROUNDING = 0.5
 """Ticks by which an operation of a loop body may be rounded down."""
 NEVER = -1e9
@@ -50,6 +57,15 @@ class Attention:
     streams: int
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Attention of one kind: its loads, ticks through all of its bundles, and of one alone."""
+
+    loads: Loads
+    chain: float
+    alone: float
+
+
 class LoopLoads:
     """Loads of a model's layers on a machine; ``layout`` has what no option decides."""
 
@@ -57,7 +73,8 @@ class LoopLoads:
         assert layout.device is not None and layout.accumulated
         self._layout, self._device, self._costs = layout, layout.device, costs
         self.lost = 1 - costs.machine.slowdown.get("cpu|h2d", costs.beside_copies)
-        self._groups: dict[tuple[int, str, Shape, int, int, int], Loads] = {}
+        self._groups: dict[tuple[int, str, Shape, tuple[int, int, int]], Loads] = {}
+        self._parts: dict[tuple[int | str | Shape, ...], Part] = {}
         self._experts: dict[tuple[int, StepWork, int, Groups], Loads] = {}
 
     def attention(self, work: StepWork, layer: int, way: Attention) -> Loads:
@@ -65,25 +82,24 @@ class LoopLoads:
         total = dict.fromkeys(ENGINES, 0.0)
         chain = alone = 0.0
         if work.prefill:
-            found = self._group(layer, "prefill", work.prefill, way)
             per_group = max(1, way.tokens // work.prefill.q_len)
             bundles = min(math.ceil(work.prefill.seqs / per_group), MAX_GROUPS // 2)
-            alone = found.get("gpu0", 0.0) / bundles
+            part = self._part(layer, "prefill", work.prefill, way, bundles)
+            alone, found = part.alone, part.loads
             _add(total, found | {"d2h": found.get("d2h", 0.0) * (1 - way.kv_hbm / 100)})
         shares = {"hbm": way.kv_hbm, "cpu": way.cpu, "copied": 100 - way.kv_hbm - way.cpu}
-        kinds = sum(percent > 0 for percent in shares.values())
+        kinds = sum([percent > 0 for percent in shares.values()])
         for kind, percent in shares.items():
             seqs = round(work.decode.seqs * percent / 100) if work.decode else 0
             if seqs and work.decode:
                 shape = Shape(seqs, 1, work.decode.past)
-                found = self._group(layer, kind, shape, way)
-                _add(total, found)
                 bundles = min(math.ceil(seqs / way.rows), MAX_GROUPS // kinds)
-                chain = max(chain, _through(found, bundles))
-                passed = ENGINES if kind == "cpu" else ("gpu0", "gpu1")
-                alone = max(alone, sum(found.get(e, 0.0) for e in passed) / bundles)
+                part = self._part(layer, kind, shape, way, bundles)
+                _add(total, part.loads)
+                chain, alone = max(chain, part.chain), max(alone, part.alone)
         turn = max(total["gpu0"], chain)
-        return total | {"turn": turn, "alone": alone, "refill": turn}
+        total |= {"turn": turn, "alone": alone, "refill": turn}
+        return total
 
     def experts(self, work: StepWork, layer: int, cpu: int, groups: Groups) -> Loads:
         """A layer's experts, none of them copied or read, ``cpu`` percent on the CPU: over all
@@ -102,14 +118,24 @@ class LoopLoads:
         seconds = sum(self._costs.group(body, shape).tail for shape in local)
         return max(0.0, seconds / TICK - ROUNDING)
 
-    def _group(self, layer: int, kind: str, shape: Shape, way: Attention) -> Loads:
+    def _part(self, layer: int, kind: str, shape: Shape, way: Attention, bundles: int) -> Part:
+        """What ``attention`` of one kind takes in so many bundles."""
         rows, tokens, streams = way.rows, way.tokens, way.streams
         if kind == "prefill":
             rows = streams = 1
         else:
             tokens = 1
-        key = layer, kind, shape, rows, tokens, streams
+        key = layer, kind, shape, rows, tokens, streams, bundles
+        if key not in self._parts:
+            found = self._group(layer, kind, shape, (rows, tokens, streams))
+            alone = sum(found.get(engine, 0.0) for engine in ALONE[kind]) / bundles
+            self._parts[key] = Part(found, _through(found, bundles), alone)
+        return self._parts[key]
+
+    def _group(self, layer: int, kind: str, shape: Shape, way: tuple[int, int, int]) -> Loads:
+        key = layer, kind, shape, way
         if key not in self._groups:
+            rows, tokens, streams = way
             device = replace(self._device, kv_percent=0)
             layout = replace(
                 self._layout, rows=rows, attn_tokens=tokens, workers=streams, device=device

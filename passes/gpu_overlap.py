@@ -38,17 +38,13 @@ def overlap(predictor: GpuPredictor, workload: Workload) -> Overlapped:
     for work, layer in _distinct(predictor, workload):
         loop = predictor.loop(work, layer)
         before = pace(loop).period
-        found, grain = before, max(1, round(before / TICK / RESOLUTION))
-        coarse = _coarser(loop.problem, grain)
-        solved = modulo_schedule.solve(coarse, work=WORK)
-        if solved.status != "infeasible":
-            better = replace(loop, order=order_of(loop.problem, solved.value))
-            found = pace(better).period
-            if found < before * (1 - 1e-6):
-                moves += _moves(work, layer, loop, better.order)
-        best = min(found, before)
-        # The solver saw durations rounded down; what needs no solver is proved of the exact ones.
-        bound = max((solved.bound or 0) * grain, lowest_period(loop.problem)) * TICK
+        low = lowest_period(loop.problem) * TICK
+        best, bound, order = before, low, loop.order
+        # What needs no solver may prove that the policy's own order is best.
+        if before > low * (1 + 1e-6):
+            best, solved, order = _solved(loop, before)
+            bound = max(low, solved)
+        moves += _moves(work, layer, loop, order)
         certificates.append(
             Certificate(
                 name=f"{work.kind} layer {layer}: period",
@@ -58,6 +54,21 @@ def overlap(predictor: GpuPredictor, workload: Workload) -> Overlapped:
             )
         )
     return Overlapped(tuple(moves), tuple(certificates))
+
+
+def _solved(loop: Loop, before: float) -> tuple[float, float, Order]:
+    """The solver's period in seconds, or ``before`` where its order is no better, what it proved,
+    and the order."""
+    grain = max(1, round(before / TICK / RESOLUTION))
+    solved = modulo_schedule.solve(_coarser(loop.problem, grain), work=WORK)
+    # The solver saw durations rounded down, so that its bound holds for the exact ones.
+    bound = (solved.bound or 0) * grain * TICK
+    if solved.status != "infeasible":
+        better = replace(loop, order=order_of(loop.problem, solved.value))
+        found = pace(better).period
+        if found < before * (1 - 1e-6):
+            return found, bound, better.order
+    return before, bound, loop.order
 
 
 def _distinct(predictor: GpuPredictor, workload: Workload) -> Iterator[tuple[StepWork, int]]:

@@ -91,7 +91,7 @@ class Tables(Sequence[Batch]):
         self.sizes = unit_sizes(setting.graph)
         self.steps = ladders(setting)
         self.loads = LoopLoads(self.layout, costs)
-        self.rows: dict[Hashable, tuple[int, ...]] = {}
+        self.rows: dict[tuple[StepWork, int], dict[Hashable, tuple[int, ...]]] = {}
         self.batches = tuple(self._batches())
 
     def __len__(self) -> int:
@@ -115,10 +115,23 @@ class Tables(Sequence[Batch]):
         limits[GROUPS] = int(self.steps["rows"][-1])
         return memory | limits | {UNUSED: -setting.ram // KIB}
 
-    @property
+    @cached_property
     def experts(self) -> int:
         """Experts of all layers together."""
         return sum(self.sizes.experts)
+
+    @cached_property
+    def layered(self) -> tuple[int, int]:
+        """Experts in a load, and buffers, of schedules that keep two whole layers."""
+        return buffers(self.setting, {**DEFAULTS, "layers": 2})
+
+    @cached_property
+    def always(self) -> int:
+        """Bytes that every schedule reads before the first step: all but the experts."""
+        sizes = self.sizes
+        experts = sum(n * size for n, size in zip(sizes.experts, sizes.expert, strict=True))
+        resident = sum(sizes.dense) + sizes.head + sizes.embed
+        return min(resident, self.setting.graph.weight_bytes - experts)
 
     @cached_property
     def bodies(self) -> tuple[Body, ...]:
@@ -187,11 +200,12 @@ class BatchTables:
         found = product(steps["experts_cpu"], steps["chunk"], steps["slots"])
         streamed = [ExpertWay(int(cpu), int(chunk), int(slots)) for cpu, chunk, slots in found]
         streamed += [self._layers(int(cpu), n) for cpu in steps["experts_cpu"] for n in rows]
+        self._actives: dict[tuple[int, int, int], int] = {}
         self.expert_ways = [*streamed, ExpertWay(0, 1, 0)] if tables.experts else streamed[:1]
 
     def _layers(self, cpu: int, rows: int) -> ExpertWay:
         """Group by group, as runtimes that stream whole layers do."""
-        chunk, slots = buffers(self._t.setting, {**DEFAULTS, "layers": 2})
+        chunk, slots = self._t.layered
         return ExpertWay(cpu, chunk, slots, rows)
 
     @cached_property
@@ -222,7 +236,7 @@ class BatchTables:
                 tuple(self._experts(way) for way in self.expert_ways),
                 *self._others(),
             ),
-            units=self._units(),
+            units=self._units,
             taken={"hbm": self._token_bytes() // KIB},
         )
 
@@ -242,12 +256,13 @@ class BatchTables:
         start = np.array(self._flat("start", self._start))
         weights = np.array([s.weight for s in self._spans()])
         least = math.inf
+        held = self._most_held()
         percents = {(way.cpu, way.rows and widest): way for way in self.expert_ways}
         for (cpu, _), way in percents.items():
             base = self._flat(*self._expert_base(replace(way, rows=way.rows and widest)))
             rows = attention + start + np.array(base)
             if self._t.experts:
-                rows = rows + self._outside(cpu, room, ram) - self._most_held()
+                rows = rows + self._outside(cpu, room, ram) - held
             busiest = rows.reshape(len(rows), len(weights), len(ROWS)).max(axis=2)
             least = min(least, float((busiest * weights).sum(axis=1).min()))
         return self._fixed() + math.floor(least * (1 - 1e-9))
@@ -260,7 +275,7 @@ class BatchTables:
 
     def _outside(self, cpu: int, room: np.ndarray, ram: np.ndarray) -> np.ndarray:
         """Ticks of copying and reading the experts that hbm, and ram, have no room for."""
-        (units,) = self._units()
+        (units,) = self._units
         every, host = self._t.experts, self._on_cpu(cpu)
         in_hbm = np.minimum(room // max(1, units.homes["hbm"].nbytes["hbm"]), every - host)
         in_ram = np.minimum(ram // max(1, units.homes["ram"].nbytes["ram"]), every - in_hbm)
@@ -283,15 +298,24 @@ class BatchTables:
         """The loads of all rows of all spans, rounded down, the CPU's beside copies; ``key`` says
         which loads these are, since batches share many."""
         flat: list[int] = []
-        for work, body in product(self.works, self._t.bodies):
-            place = key, work, body.layer
-            if place not in self._t.rows:
+        for work, body, known in self._known:
+            rows = known.get(key)
+            if rows is None:
                 found = dict(loads(work, body))
                 beside = self._t.loads.lost * found.get("h2d", 0.0)
                 found["cpu"] = found.get("cpu", 0.0) + beside
-                self._t.rows[place] = tuple(math.floor(FINE * found.get(row, 0.0)) for row in ROWS)
-            flat += self._t.rows[place]
+                rows = tuple([math.floor(FINE * found.get(row, 0.0)) for row in ROWS])
+                known[key] = rows
+            flat += rows
         return tuple(flat)
+
+    @cached_property
+    def _known(self) -> list[tuple[StepWork, Body, dict[Hashable, tuple[int, ...]]]]:
+        """Every span's step and layers, and the loads that are known there."""
+        return [
+            (work, body, self._t.rows.setdefault((work, body.layer), {}))
+            for work, body in product(self.works, self._t.bodies)
+        ]
 
     def _start(self, work: StepWork, body: Body) -> Loads:
         tail = self._t.loads.tail(work, body.layer)
@@ -323,15 +347,8 @@ class BatchTables:
     # Roles.
 
     def _attention(self, way: Attention) -> Option:
-        kv, gpus = self._kv_bytes(way), self._t.costs.gpu.count
-        layout = replace(
-            self._t.layout,
-            dispatch=self.dispatch,
-            rows=way.rows,
-            attn_tokens=way.tokens,
-            workers=way.streams,
-        )
-        active = math.ceil(activation_bytes(layout) / gpus)
+        kv = self._kv_bytes(way)
+        active = self._active(way.rows, way.tokens, way.streams)
         return Option(
             self._flat(way, self._attending(way)),
             nbytes={
@@ -340,6 +357,20 @@ class BatchTables:
                 **_in_ram(kv["ram"]),
             },
         )
+
+    def _active(self, rows: int, tokens: int, streams: int) -> int:
+        """Bytes of activations on each GPU, wherever attention is."""
+        key = rows, tokens, streams
+        if key not in self._actives:
+            layout = replace(
+                self._t.layout,
+                dispatch=self.dispatch,
+                rows=rows,
+                attn_tokens=tokens,
+                workers=streams,
+            )
+            self._actives[key] = math.ceil(activation_bytes(layout) / self._t.costs.gpu.count)
+        return self._actives[key]
 
     def _kv_bytes(self, way: Attention) -> dict[str, int]:
         """KiB of KV, and of two groups' in hbm where some of it is copied."""
@@ -399,6 +430,7 @@ class BatchTables:
 
     # What is not chosen.
 
+    @cached_property
     def _units(self) -> tuple[Units, ...]:
         if not self._t.experts:
             return ()
@@ -425,10 +457,8 @@ class BatchTables:
     def _fixed(self) -> int:
         """Units of the objective that no choice changes: setting up what always stays in memory,
         and the ends of every step."""
-        graph, sizes, costs = self._t.setting.graph, self._t.sizes, self._t.costs
-        experts = sum(n * size for n, size in zip(sizes.experts, sizes.expert, strict=True))
-        resident = min(sum(sizes.dense) + sizes.head + sizes.embed, graph.weight_bytes - experts)
-        seconds = resident / costs.machine.disk.peak
+        graph, costs = self._t.setting.graph, self._t.costs
+        seconds = self._t.always / costs.machine.disk.peak
         for work, steps in self.works.items():
             shape = Shape(max(1, math.ceil(work.seqs / costs.gpu.count)), 1, 0)
             parts = costs.group(graph.epilogue, shape)

@@ -177,8 +177,8 @@ def _head_bytes(layout: Layout) -> int:
 
 def _expert_temporaries(layout: Layout) -> int:
     item, most = ITEMSIZE[layout.graph.dtype], 0
-    for layer in range(len(layout.graph.layers)):
-        if experts := experts_of(layout.graph, layer):
+    for body in dict.fromkeys(layout.graph.layers):
+        if experts := experts_of(layout.graph, layout.graph.layers.index(body)):
             rows = min(layout.expert_rows, step_tokens(layout) * experts.top_k)
             width = 2 * experts.hidden + 5 * experts.intermediate
             most = max(most, rows * (width * item + 4 * experts.hidden))

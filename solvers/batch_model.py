@@ -8,14 +8,14 @@ solutions: with its reductions ortools 9.15 called an answer optimal that was 1.
 optimum of a program of this kind.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 from ortools.sat.python import cp_model
 
-from dovetail.solvers.batch_problem import Batch, Choice, Option, Span, tiers_of
+from dovetail.solvers.batch_problem import Batch, Choice, Option, tiers_of
 
 NO_LIMIT = 1 << 60
 """More ticks and more bytes than any answer has."""
@@ -55,15 +55,17 @@ class BatchModel:
 
     def fastest(self, most: int | None, work: float) -> Answer:
         """The choice of fewest ticks, at most ``most`` if that is given."""
-        terms = [option.cost * pick for option, pick in self._options()]
+        terms = [(pick, option.cost) for option, pick in self._options()]
         for units, homes in zip(self._batch.units, self._homes, strict=True):
-            terms += [home.cost * homes[tier] for tier, home in units.homes.items()]
+            terms += [(homes[tier], home.cost) for tier, home in units.homes.items()]
+        most_ticks = _longest(self._batch)
         for span in self._batch.spans:
-            ticks = self._model.new_int_var(0, _longest(self._batch, span), "")
+            longest = max(0, *most_ticks[span.first : span.last])
+            ticks = self._model.new_int_var(0, longest, "")
             for row in range(span.first, span.last):
                 self._model.add(ticks >= self._row(row))
-            terms.append(span.weight * ticks)
-        total = sum(terms, start=self._batch.fixed)
+            terms.append((ticks, span.weight))
+        total = _sum(terms, self._batch.fixed)
         if most is not None:
             self._model.add(total <= most)
         self._model.minimize(total)
@@ -80,10 +82,10 @@ class BatchModel:
                 yield role[place], pick
 
     def _row(self, row: int) -> cp_model.LinearExprT:
-        terms = [o.load[row] * pick for o, pick in self._options() if o.load[row]]
+        terms = [(pick, n) for o, pick in self._options() if (n := o.load[row])]
         for units, homes in zip(self._batch.units, self._homes, strict=True):
-            terms += [home.load[row] * homes[tier] for tier, home in units.homes.items()]
-        return sum(terms, start=self._batch.start[row])
+            terms += [(homes[tier], home.load[row]) for tier, home in units.homes.items()]
+        return _sum(terms, self._batch.start[row])
 
     def _bytes(self, tier: str) -> cp_model.LinearExprT:
         terms = [o.nbytes[tier] * pick for o, pick in self._options() if tier in o.nbytes]
@@ -127,15 +129,22 @@ class BatchModel:
         return Answer(found, round(solver.objective_value), bound, spent, proved)
 
 
-def _longest(batch: Batch, span: Span) -> int:
-    """Ticks that no choice exceeds in a span."""
-    most = 0
-    for row in range(span.first, span.last):
-        ticks = batch.start[row] + sum(max(o.load[row] for o in role) for role in batch.roles)
-        for units in batch.units:
-            ticks += units.count * max(home.load[row] for home in units.homes.values())
-        most = max(most, ticks)
-    return most
+def _sum(terms: Sequence[tuple[cp_model.IntVar, int]], start: int) -> cp_model.LinearExprT:
+    """``start`` and the terms' variables, each times its factor."""
+    variables, factors = [variable for variable, _ in terms], [factor for _, factor in terms]
+    return cp_model.LinearExpr.weighted_sum(variables, factors) + start
+
+
+def _longest(batch: Batch) -> list[int]:
+    """Ticks of every row that no choice exceeds."""
+    ticks = np.array(batch.start, dtype=np.int64)
+    for role in batch.roles:
+        ticks += np.array([option.load for option in role], dtype=np.int64).max(axis=0)
+    for units in batch.units:
+        loads = np.array([home.load for home in units.homes.values()], dtype=np.int64)
+        ticks += units.count * loads.max(axis=0)
+    longest: list[int] = ticks.tolist()
+    return longest
 
 
 def undominated(role: tuple[Option, ...]) -> list[int]:

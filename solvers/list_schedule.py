@@ -60,7 +60,7 @@ def infeasible(blocked: tuple[str, ...], seconds: float) -> Solved[ModuloSchedul
 def best_listed(problem: LoopProblem, low: int, draws: int = 12) -> ModuloSchedule | None:
     """The best list schedule, or else a serial one; None if neither was found. ``low`` is a period
     that no schedule beats."""
-    if pools_too_small(problem):
+    if pools_too_small(problem, low):
         return None
     best: ModuloSchedule | None = None
     for draft in _drafts(problem, low, draws):

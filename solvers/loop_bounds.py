@@ -53,10 +53,11 @@ def lowest_period(problem: LoopProblem) -> int:
     return max(1, *period_bounds(problem).values())
 
 
-def pools_too_small(problem: LoopProblem) -> tuple[str, ...]:
+def pools_too_small(problem: LoopProblem, low: int | None = None) -> tuple[str, ...]:
     """Pools that fit no schedule whatever the period: a single hold is larger than the pool, or
-    what is held for whole periods never leaves room for the rest."""
-    unrolled, low = _Unrolled(problem), lowest_period(problem)
+    what is held for whole periods never leaves room for the rest. ``low`` is the lowest period
+    where that is known."""
+    unrolled, low = _Unrolled(problem), low or lowest_period(problem)
     found = []
     for pool, capacity in problem.pools.items():
         holds = [hold for hold in problem.holds if hold.pool == pool]

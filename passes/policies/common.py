@@ -116,7 +116,7 @@ def prefetch_moves(expert_slots: int, dense_slots: int) -> list[Move]:
 
 def max_experts(graph: TaskGraph) -> int:
     """Experts of the widest layer, 0 in a dense model."""
-    layers = range(len(graph.layers))
+    layers = [graph.layers.index(body) for body in set(graph.layers)]
     return max((e.count for i in layers if (e := experts_of(graph, i))), default=0)
 
 
