@@ -23,13 +23,15 @@ from dovetail.passes.gpu_memory import HBM_SHARE, RAM_SHARE, tier_bytes
 from dovetail.passes.gpu_overlap import overlap
 from dovetail.passes.gpu_place import place
 from dovetail.passes.gpu_predict import GpuPredictor
-from dovetail.passes.gpu_residency import Residency, inside, residency, shortage
+from dovetail.passes.gpu_residency import Residency, inside, leaner, residency, shortage
 from dovetail.passes.policies.common import Knobs
 from dovetail.passes.policies.gpu import GPU_POLICIES, GpuPolicy, GpuSetting, ladders, moves, starts
 from dovetail.solvers.ladder_search import LadderSearch
 
 ENOUGH = 0.001
 """Share of its time by which another schedule must promise to be better to be looked at."""
+TIED = 2
+"""Schedules within that share of the best to which the other solvers are put first."""
 CLIMBS, FINALISTS = 2, 4
 """Starts from which a policy's search climbs, and schedules of each policy that are simulated."""
 
@@ -102,13 +104,25 @@ class _Search:
         """The best schedules of all knobs at once: the integer program's answers, and what a search
         finds around the others' schedules."""
         policy, known = GPU_POLICIES["joint"], [c.prediction.seconds for c in others]
-        self._solved = residency(self._setting, self._costs, min(known, default=None))
-        answers = list(self._solved.knobs)
-        choices = [c for k in answers if (c := self._simulated(policy, k)) is not None]
+        solved = residency(self._setting, self._costs, min(known, default=None))
+        pairs = zip(solved.knobs, solved.floors, strict=True)
+        answers = [(c, floor) for k, floor in pairs if (c := self._leanest(policy, k)) is not None]
+        choices = [choice for choice, _ in answers]
+        self._solved = replace(
+            solved,
+            knobs=tuple(choice.knobs for choice in choices),
+            floors=tuple(floor for _, floor in answers),
+        )
         points = [c.knobs for c in sorted(others, key=lambda c: c.prediction.seconds)]
         begins = [points] if answers else [list(starts(self._setting, policy)), points]
         choices += [c for b in begins if b for c in self._climbed(policy, b)]
         return sorted(choices, key=lambda c: c.prediction.seconds)
+
+    def _leanest(self, policy: GpuPolicy, answer: Knobs) -> Chosen | None:
+        """The integer program's answer with the products' rows that are fastest."""
+        made = [self._simulated(policy, knobs) for knobs in leaner(answer)]
+        fitting = [choice for choice in made if choice is not None]
+        return min(fitting, key=lambda c: c.prediction.seconds, default=None)
 
     def _climbed(self, policy: GpuPolicy, begin: Sequence[Knobs]) -> list[Chosen]:
         free = {name: self._ladders[name] for name in policy.free}
@@ -130,14 +144,13 @@ class _Search:
     def polished(self, choices: Sequence[Chosen]) -> tuple[Chosen, tuple[Certificate, ...]]:
         """The best of all with the solvers' places and order, and what is proved: the simulated
         best, and then the integer program's answers while one may still be better."""
-        best = min(choices, key=lambda c: c.prediction.seconds)
-        best, certificates = self._scheduled(best)
-        inner = [best.prediction.seconds] if inside(best.knobs) else []
-        tried = {str(sorted(best.knobs.items()))}
+        tied = _tied(choices)
+        made = [self._scheduled(choice) for choice in tied.values()]
+        inner = [choice.prediction.seconds for choice, _ in made if inside(choice.knobs)]
+        best, certificates = min(made, key=lambda pair: pair[0].prediction.seconds)
         for knobs, floor in zip(self._solved.knobs, self._solved.floors, strict=True):
             least = min(inner, default=math.inf)
-            again = str(sorted(knobs.items())) in tried
-            if again or floor >= min(least, best.prediction.seconds) * (1 - ENOUGH):
+            if _key(knobs) in tied or floor >= min(least, best.prediction.seconds) * (1 - ENOUGH):
                 continue
             choice = next(c for c in choices if c.knobs == knobs)
             choice, proved = self._scheduled(choice)
@@ -192,6 +205,21 @@ class _Search:
         layout = apply_moves(self._setting.graph, found)
         prediction = GpuPredictor(layout, self._costs).predict(self._setting.workload)
         return Chosen(policy.name, knobs, found, prediction)
+
+
+def _tied(choices: Sequence[Chosen]) -> dict[str, Chosen]:
+    """The best and, of what is as good as that, the next."""
+    ranked = sorted(choices, key=lambda c: c.prediction.seconds)
+    most = ranked[0].prediction.seconds * (1 + ENOUGH)
+    tied: dict[str, Chosen] = {}
+    for choice in ranked:
+        if choice.prediction.seconds <= most and len(tied) < TIED:
+            tied.setdefault(_key(choice.knobs), choice)
+    return tied
+
+
+def _key(knobs: Knobs) -> str:
+    return str(sorted(knobs.items()))
 
 
 def _refusal(budget: Mapping[str, int]) -> str:

@@ -11,7 +11,7 @@ from dovetail.ir.errors import BoundError
 from dovetail.ir.plan import Certificate
 from dovetail.ir.workload import Workload
 from dovetail.passes.gpu_cost import GpuCosts
-from dovetail.passes.gpu_tables import KIB, UNIT, Tables
+from dovetail.passes.gpu_tables import EXPERT_ROWS, KIB, UNIT, Tables
 from dovetail.passes.policies.common import Knobs
 from dovetail.passes.policies.gpu import DEFAULTS, GpuSetting, moves
 from dovetail.solvers.batch_residency import solve
@@ -25,7 +25,7 @@ ROUNDING = 1e-9
 """Share by which sums of seconds may differ from sums of the program's units."""
 LENGTHS = 8
 """Distinct prompt lengths that the tables tell apart; more are merged."""
-OUTSIDE: Knobs = {name: DEFAULTS[name] for name in ("by_load", "linears_cpu", "layer_groups")}
+FIXED = ("by_load", "linears_cpu", "layer_groups", "attn_tokens", "dense_slots", "one_batch")
 """Knobs that the program leaves as they are, so that its bound holds only there."""
 
 
@@ -93,7 +93,11 @@ def residency(setting: GpuSetting, costs: GpuCosts, most: float | None) -> Resid
         (tables.knobs(choice), ticks * UNIT)
         for choice, ticks in zip(ranked.choices, ranked.objectives, strict=True)
     ][:ANSWERS]
-    fitting = [(knobs, floor) for knobs, floor in found if moves(setting, knobs) is not None]
+    fitting = [
+        (knobs, floor)
+        for knobs, floor in found
+        if any(moves(setting, each) is not None for each in leaner(knobs))
+    ]
     bound = solved.bound * UNIT if exact and solved.bound is not None else None
     return Residency(
         tuple(knobs for knobs, _ in fitting),
@@ -119,7 +123,20 @@ def shortage(setting: GpuSetting, costs: GpuCosts) -> Shortage:
 
 def inside(knobs: Knobs) -> bool:
     """Whether the program's bound holds for these knobs."""
-    return all(knobs.get(name, value) == value for name, value in OUTSIDE.items())
+    knobs = {**DEFAULTS, **knobs}
+    # Whole layers are only buffered where experts run group by group.
+    buffered = (0, True), (2, False)
+    return (
+        all(knobs[name] == DEFAULTS[name] for name in FIXED)
+        and knobs["expert_rows"] in EXPERT_ROWS
+        and (int(knobs["layers"]), bool(knobs["accumulate"])) in buffered
+    )
+
+
+def leaner(knobs: Knobs) -> list[Knobs]:
+    """The knobs with each number of rows of an expert's product: the program's answers are for any
+    of them, and which is faster depends on what else fits."""
+    return [{**knobs, "expert_rows": rows} for rows in EXPERT_ROWS]
 
 
 def _merged(workload: Workload) -> Workload:

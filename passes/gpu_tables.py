@@ -45,6 +45,9 @@ GROUPS = "rows of groups"
 """Limits that are not memory: what the CPU computes is not in hbm too; without buffers nothing is
 outside hbm; nothing stays on disk unless ram is full, as policies fill it; and experts that run
 group by group do so over the groups that attention has."""
+EXPERT_ROWS = (int(DEFAULTS["expert_rows"]), 2048)
+"""Rows of an expert's product that schedules may have: fewer take less memory and more launches,
+so the program counts the memory of the fewest and the launches of the most."""
 FILLING = {True: 5, False: 65}
 """Experts that policies may leave room for in ram that is full, with small loads and with large."""
 
@@ -368,6 +371,7 @@ class BatchTables:
                 rows=rows,
                 attn_tokens=tokens,
                 workers=streams,
+                expert_rows=min(EXPERT_ROWS),
             )
             self._actives[key] = math.ceil(activation_bytes(layout) / self._t.costs.gpu.count)
         return self._actives[key]

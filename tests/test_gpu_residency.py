@@ -15,7 +15,7 @@ from dovetail.passes.apply_moves import apply_moves
 from dovetail.passes.gpu_cost import GpuCosts
 from dovetail.passes.gpu_predict import GpuPredictor
 from dovetail.passes.gpu_residency import NAME, Residency, inside, residency, shortage
-from dovetail.passes.gpu_tables import UNIT, BatchTables, Sizes, Tables
+from dovetail.passes.gpu_tables import EXPERT_ROWS, UNIT, BatchTables, Sizes, Tables
 from dovetail.passes.policies.common import Knobs
 from dovetail.passes.policies.gpu import DEFAULTS, GpuSetting, ladders, moves
 from dovetail.solvers.batch_problem import check, check_batch
@@ -47,8 +47,8 @@ def simulated(where: GpuSetting, knobs: Knobs) -> float | None:
 def knob_points(draw: st.DrawFn, where: GpuSetting) -> Knobs:
     """Any point of the lattice that the program covers."""
     free = ["seqs", "rows", "prefill_tokens", "kv_hbm", "attention_cpu", "experts_cpu"]
-    free += ["slots", "chunk", "refill", "streams"]
-    values = ladders(where)
+    free += ["slots", "chunk", "refill", "streams", "expert_rows"]
+    values = {**ladders(where), "expert_rows": EXPERT_ROWS}
     knobs = {name: draw(st.sampled_from(values[name])) for name in free}
     layers = draw(st.sampled_from([0, 0, 2]))
     return {**DEFAULTS, **knobs, "layers": layers, "accumulate": not layers, "paged": layers > 0}
@@ -107,6 +107,13 @@ def test_a_known_schedule_that_none_can_reach_is_not_hidden_by_its_limit() -> No
     assert not found.knobs
     with pytest.raises(BoundError, match="this is a defect of dovetail, please report it"):
         found.certificate(impossible)
+
+
+def test_the_bound_is_only_claimed_for_what_the_program_covers() -> None:
+    assert inside({"seqs": 4}) and inside({"expert_rows": 2048})
+    assert inside({"layers": 2, "accumulate": False, "barrier": True})
+    for knobs in ({"expert_rows": 64}, {"layers": 2}, {"one_batch": True}, {"dense_slots": 1}):
+        assert not inside(knobs), knobs
 
 
 def test_tables_are_well_formed_and_answers_keep_their_limits() -> None:
