@@ -20,9 +20,12 @@ from dovetail.passes.loop_work import TICK, Loop, Order, StepWork
 __all__ = ["TICK", "Loop", "Order", "StepWork", "loop_body"]
 
 
-def loop_body(layout: Layout, costs: GpuCosts, work: StepWork, layer: int) -> Loop:
-    """The loop body of layer ``layer`` in a step that does ``work``."""
-    b = Builder(layout, costs, work, layer)
+def loop_body(
+    layout: Layout, costs: GpuCosts, work: StepWork, layer: int, *, fine: bool = False
+) -> Loop:
+    """The loop body of layer ``layer`` in a step that does ``work``; a ``fine`` one has every group
+    and load by itself."""
+    b = Builder(layout, costs, work, layer, fine)
     weights = dense(b)
     bundles = [bundle(b, i, kind, shape, weights) for i, (kind, shape) in enumerate(shapes(b))]
     experts = experts_of(layout.graph, layer)
@@ -36,7 +39,7 @@ def loop_body(layout: Layout, costs: GpuCosts, work: StepWork, layer: int) -> Lo
         _carry(b, bundles, ends)
         b.turns = _turns(bundles, ends)
     b.contend()
-    return Loop(b.problem(), b.order(), dict(b.classes), dict(b.nbytes))
+    return Loop(b.problem(), b.order(), dict(b.classes), dict(b.nbytes), dict(b.sizes))
 
 
 def _carry(b: Builder, bundles: Sequence[Bundle], ends: list[list[str]]) -> None:

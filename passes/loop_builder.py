@@ -20,18 +20,21 @@ class Builder:
 
     ``stages`` are the places of operations between the barriers of a layer, for schedules that have
     barriers; an operation without one has its engine's order alone. ``turns`` are the first
-    operations of the GPU, where they are not in the order in which they were added.
+    operations of the GPU, where they are not in the order in which they were added. A ``fine`` body
+    has every group and load by itself, as they run; others bundle them, as a solver wants them.
     """
 
     layout: Layout
     costs: GpuCosts
     work: StepWork
     layer: int
+    fine: bool = False
     ops: list[Op] = field(default_factory=list)
     holds: list[Hold] = field(default_factory=list)
     pools: dict[str, int] = field(default_factory=dict)
     classes: dict[str, str] = field(default_factory=dict)
     nbytes: dict[str, float] = field(default_factory=dict)
+    sizes: dict[str, float] = field(default_factory=dict)
     chains: list[tuple[str, ...]] = field(default_factory=list)
     stages: dict[str, int] = field(default_factory=dict)
     turns: list[tuple[str, int]] = field(default_factory=list)
@@ -80,6 +83,7 @@ class Builder:
         self.classes[name] = kind
         if nbytes:
             self.nbytes[engine] = self.nbytes.get(engine, 0.0) + nbytes
+            self.sizes[name] = nbytes
         return name
 
     def copy(self, name: str, engine: str, nbytes: float, after: Sequence[After], kind: str) -> str:

@@ -95,7 +95,7 @@ def _streamed(
     if count <= 0:
         return []
     loads = math.ceil(count / b.layout.chunk)
-    bundles = min(loads, MAX_LOADS)
+    bundles = loads if b.fine else min(loads, MAX_LOADS)
     # A bundle of several loads counts as one: fewer, larger buffers of the same size together.
     slots = b.layout.prefetch["experts"].slots
     b.pools["experts"] = max(1, slots * bundles // loads)

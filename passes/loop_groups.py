@@ -74,6 +74,7 @@ def shapes(b: Builder) -> list[tuple[str, Shape]]:
 
 def _bundled(b: Builder, shape: Shape, rows: int, most: int) -> list[Shape]:
     groups = max(1, math.ceil(shape.seqs / rows))
+    most = groups if b.fine else most
     if b.layout.barrier and groups > most:
         # The next layer's weights are copied beside the first group, which stays by itself.
         rest = Shape(shape.seqs - rows, shape.q_len, shape.past)

@@ -1,7 +1,7 @@
 """What a step of a GPU plan processes, and the loop over layers that it becomes: plain records."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from dovetail.passes.gpu_cost import Shape
@@ -44,12 +44,13 @@ class StepWork:
 @dataclass(frozen=True, slots=True)
 class Loop:
     """The body of one kind of layer, the engines' order, what each operation is called in a
-    timeline, and the bytes that each link moves."""
+    timeline, the bytes that each link moves, and those of each operation that reads or copies."""
 
     problem: LoopProblem
     order: Order
     classes: Mapping[str, str]
     nbytes: Mapping[str, float]
+    sizes: Mapping[str, float] = field(default_factory=dict)
 
     def loads(self) -> dict[str, float]:
         """Busy seconds of every engine in one iteration."""

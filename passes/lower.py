@@ -32,8 +32,8 @@ def lower(layout: Layout, capacity: Mapping[str, int]) -> Program:
     """The program of a layout; ``capacity`` is the budget of each tier in bytes."""
     if layout.device is not None:
         raise VerifyError(
-            "a schedule for a GPU has loop bodies, not a program yet: see them with `dovetail plan "
-            "report`"
+            "a schedule for a GPU has a program for each kind of step (lower_gpu), none for this "
+            "machine's processor: plan again without a GPU, or see it with `dovetail plan report`"
         )
     compute = _compute(layout)
     engines: dict[str, tuple[Instruction, ...]] = {

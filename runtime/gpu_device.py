@@ -1,0 +1,132 @@
+"""What an executor of GPU programs asks of a device, and torch's CUDA devices as one.
+
+Nothing here has run on a GPU; the fake device checks the order of what is asked.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from dovetail.ir.errors import ModelError
+from dovetail.ir.gpu_program import HOST_ENGINES
+
+
+@dataclass(frozen=True, slots=True)
+class Buffer:
+    """``nbytes`` bytes from ``start`` on of an allocation, or, of what the work itself keeps, its
+    output number ``start``."""
+
+    owner: str
+    start: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """An operation of a layer with the buffers that it reads, whose results it expects there (as
+    in ``copy_dense[3]``), and the buffer that it writes."""
+
+    op: str
+    layer: int
+    work: str
+    reads: tuple[Buffer, ...]
+    sources: tuple[str, ...]
+    writes: Buffer
+
+
+@dataclass(slots=True)
+class Event:
+    """A point in an engine's work; ``mark`` is the device's."""
+
+    name: str
+    mark: Any = field(default=None)
+
+
+class Device(Protocol):
+    """Streams and host threads by engine name, events between them, and memory by tier."""
+
+    def allocate(self, tier: str, nbytes: int, owner: str) -> None:
+        """Set memory aside; ``owner`` is what buffers of it are of."""
+
+    def launch(self, engine: str, launch: Launch) -> None:
+        """Begin an operation once all before it on this engine has ended."""
+
+    def record(self, engine: str, event: Event) -> None:
+        """The event happens when all before it on this engine has ended."""
+
+    def wait(self, engine: str, event: Event) -> None:
+        """Nothing behind this on the engine begins before the event, which was recorded before
+        this call."""
+
+    def finish(self) -> None:
+        """Block until everything has ended."""
+
+
+class CudaDevice:
+    """A GPU by torch: an engine is a stream, or, of the host, the thread that calls.
+
+    ``work`` does what a launch says, on the current stream. Weights on their way through ram are in
+    pinned memory, so that copies need not wait for the host. Raises ModelError without a GPU.
+    """
+
+    def __init__(self, work: Callable[[Launch, "CudaDevice"], None], index: int = 0) -> None:
+        import torch
+
+        if not torch.cuda.is_available():
+            raise ModelError(
+                "this plan runs on a GPU, but torch finds none here "
+                f"(torch {torch.__version__}, CUDA {torch.version.cuda or 'not built in'}): run it "
+                "on a machine with a GPU, or plan again for this machine's processor"
+            )
+        # Untyped in torch's own sources.
+        self._cuda: Any = torch.cuda
+        self._torch, self._work = torch, work
+        self._index = index
+        self._streams: dict[str, Any] = {}
+        self.memory: dict[str, Any] = {}
+
+    def allocate(self, tier: str, nbytes: int, owner: str) -> None:
+        """Bytes in hbm, or pinned in ram."""
+        torch = self._torch
+        if tier == "hbm":
+            made = torch.empty(nbytes, dtype=torch.uint8, device=f"cuda:{self._index}")
+        else:
+            made = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+        self.memory[owner] = made
+
+    def bytes_of(self, buffer: Buffer) -> Any:
+        """The buffer's bytes as a tensor [nbytes] of uint8."""
+        return self.memory[buffer.owner][buffer.start : buffer.start + buffer.nbytes]
+
+    def launch(self, engine: str, launch: Launch) -> None:
+        """Do the work: at once on the host, on the engine's stream otherwise."""
+        if engine in HOST_ENGINES:
+            self._work(launch, self)
+            return
+        with self._cuda.stream(self._stream(engine)):
+            self._work(launch, self)
+
+    def record(self, engine: str, event: Event) -> None:
+        """A CUDA event behind the stream's work; of the host, all before it is over already."""
+        if engine not in HOST_ENGINES:
+            event.mark = self._cuda.Event()
+            event.mark.record(self._stream(engine))
+
+    def wait(self, engine: str, event: Event) -> None:
+        """Order a stream behind an event, or block the host's thread until it has happened."""
+        if event.mark is None:
+            return
+        if engine in HOST_ENGINES:
+            event.mark.synchronize()
+        else:
+            self._stream(engine).wait_event(event.mark)
+
+    def finish(self) -> None:
+        """Wait for all streams."""
+        for stream in self._streams.values():
+            stream.synchronize()
+
+    def _stream(self, engine: str) -> Any:
+        if engine not in self._streams:
+            self._streams[engine] = self._cuda.Stream(self._index)
+        return self._streams[engine]
