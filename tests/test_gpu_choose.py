@@ -73,8 +73,10 @@ def plan(family: str, share: float, policy: str) -> Plan | None:
         return None
 
 
-@pytest.mark.parametrize("family", ["olmoe", "deepseek_v2"])
-@pytest.mark.parametrize("share", [0.1, 0.6, 4.0])
+@pytest.mark.parametrize(
+    ("family", "share"),
+    [("olmoe", 0.6), ("olmoe", 4.0), ("deepseek_v2", 0.1), ("deepseek_v2", 0.6)],
+)
 def test_auto_is_never_predicted_worse_than_a_policy(family: str, share: float) -> None:
     auto = plan(family, share, "auto")
     assert auto is not None
