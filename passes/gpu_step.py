@@ -51,14 +51,21 @@ class GpuStep:
     seconds: Mapping[Instance, float]
 
 
-def gpu_step(predictor: GpuPredictor, work: StepWork) -> GpuStep:
-    """The step that does ``work``. Raises VerifyError for a head or an embedding that is neither in
-    hbm nor in ram."""
+def gpu_step(predictor: GpuPredictor, work: StepWork, group: int = 0) -> GpuStep:
+    """The step that does ``work``; in layered prefill, that in which prompts pass the layers of
+    ``group`` and the other layers only decode. Raises VerifyError for a head or an embedding that
+    is neither in hbm nor in ram."""
     kinds: list[Kind] = [_prologue(predictor, work)]
     of_layer: dict[int, Kind] = {}
+    taking_in = layers_of(predictor, work, group)
     for layers in alike_layers(predictor.layout):
-        loop = loop_body(predictor.layout, predictor.costs, work, layers[0], fine=True)
-        of_layer |= dict.fromkeys(layers, _kind(loop))
+        for part, does in (
+            ([i for i in layers if i in taking_in], work),
+            ([i for i in layers if i not in taking_in], StepWork(work.decode, None)),
+        ):
+            if part:
+                loop = loop_body(predictor.layout, predictor.costs, does, part[0], fine=True)
+                of_layer |= dict.fromkeys(part, _kind(loop))
     kinds += [of_layer[layer] for layer in sorted(of_layer)]
     kinds.append(_epilogue(predictor, work))
     layers_ops = tuple(
@@ -70,6 +77,14 @@ def gpu_step(predictor: GpuPredictor, work: StepWork) -> GpuStep:
         for name, value in kind.seconds.items()
     }
     return GpuStep(work, layers_ops, _queues(kinds), seconds)
+
+
+def layers_of(predictor: GpuPredictor, work: StepWork, group: int) -> range:
+    """The layers that a step's prompts pass: all of them, but in layered prefill."""
+    cuts = predictor.layout.admission.cuts
+    if work.layer_groups > 1 and work.decode and cuts:
+        return range(cuts[group], cuts[group + 1])
+    return range(len(predictor.layout.graph.layers))
 
 
 def _kind(loop: Loop) -> Kind:

@@ -38,11 +38,13 @@ TIERS = {"staging": "ram", CPU_READS: "ram"}
 """The tier of each pool that is not in hbm."""
 
 
-def lower_gpu(predictor: GpuPredictor, work: StepWork, capacity: Mapping[str, int]) -> GpuProgram:
+def lower_gpu(
+    predictor: GpuPredictor, work: StepWork, capacity: Mapping[str, int], group: int = 0
+) -> GpuProgram:
     """The program of one step that does ``work``; ``capacity`` is the budget of each tier in bytes,
-    hbm that of one GPU. Raises VerifyError where the engines' orders leave them waiting for each
-    other."""
-    step = gpu_step(predictor, work)
+    hbm that of one GPU; in layered prefill prompts pass the layers of ``group``. Raises VerifyError
+    where the engines' orders leave them waiting for each other."""
+    step = gpu_step(predictor, work, group)
     pools = _pools(predictor, step)
     settled = settle(step, {pool.name: pool.slots for pool in pools})
     outputs = _outputs(settled)
@@ -60,6 +62,14 @@ def lower_gpu(predictor: GpuPredictor, work: StepWork, capacity: Mapping[str, in
         capacity=dict(capacity),
         notes=_notes(predictor, work, settled),
     )
+
+
+def simulated_seconds(predictor: GpuPredictor, work: StepWork) -> float:
+    """Seconds of one step, all its layers in the model's order, from its first operation to its
+    last."""
+    step = gpu_step(predictor, work)
+    settled = settle(step, {pool.name: pool.slots for pool in _pools(predictor, step)})
+    return max(settled.end.values())
 
 
 def _pools(predictor: GpuPredictor, step: GpuStep) -> tuple[Pool, ...]:

@@ -76,6 +76,8 @@ def test_every_policy_has_a_program_without_hazards(policy: str, family: str) ->
         budget = sizes(family, share, ram)
         setting = GpuSetting(graph, MACHINE, budget["hbm"], budget["ram"], WORKLOAD)
         for knobs in starts(setting, GPU_POLICIES[policy]):
+            if knobs["seqs"] not in (1, WORKLOAD.prompts):
+                continue
             given = {**knobs, "rows": 2} | ({"resident": resident} if resident < 100 else {})
             found = predictor_of(family, share, given, ram)
             if found is None:
@@ -299,7 +301,21 @@ def test_the_same_program_has_the_same_text_with_loops() -> None:
     compile(text, "executor", "exec")
     assert "for layer in range(" in text and "# hbm: pool experts" in text
     assert any(isinstance(i, Layers) for items in program.engines.values() for i in items)
-    assert len(text.splitlines()) < len(program.ops()) * 4
+    assert 'e.wait(f"copy_experts{n}", layer)' in text
+    assert len(text.splitlines()) < len(program.ops()) * 2
+
+
+def test_prompts_pass_one_group_of_layers_in_layered_prefill() -> None:
+    knobs = {**GPU_POLICIES["layered_prefill"].fixed, "seqs": 4, "layer_groups": 2}
+    found = predictor_of("olmoe", 1.5, {**knobs, "prefill_tokens": 64})
+    assert found is not None
+    work = next(w for w in works(found[0]) if w.kind == "mixed")
+    for group, layers in ((0, [0, 1]), (1, [2, 3])):
+        program = lower_gpu(found[0], work, found[1], group)
+        verify_gpu_program(program)
+        run_on_fake(program)
+        passed = [i for i in range(4) if any("prefill" in op.name for op in program.body(i))]
+        assert passed == layers
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here, so it is not refused")
