@@ -5,11 +5,12 @@ Every policy searches its free knobs by a short simulation; its best few are sim
 others' answers: it is never predicted worse than any of them.
 """
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from dovetail.ir.errors import BudgetError, InputError
+from dovetail.ir.errors import BoundError, BudgetError, InputError
 from dovetail.ir.machine import Machine
 from dovetail.ir.plan import Candidate, Certificate, Plan
 from dovetail.ir.task_graph import TaskGraph
@@ -28,6 +29,7 @@ from dovetail.passes.policies.common import Knobs
 from dovetail.passes.policies.gpu import GPU_POLICIES, GpuPolicy, GpuSetting, ladders, moves, starts
 from dovetail.solvers.ladder_search import LadderSearch
 
+_LOG = logging.getLogger(__name__)
 ENOUGH = 0.001
 """Share of its time by which another schedule must promise to be better to be looked at."""
 TIED = 2
@@ -158,8 +160,15 @@ class _Search:
             if choice.prediction.seconds < best.prediction.seconds:
                 best, certificates = choice, proved
         inner += [c.prediction.seconds for c in choices if inside(c.knobs)]
-        solved = self._solved.certificate(min(inner, default=None))
-        return best, (*solved, *certificates)
+        return best, (*self._proved(min(inner, default=None)), *certificates)
+
+    def _proved(self, seconds: float | None) -> tuple[Certificate, ...]:
+        """The program's certificate; where it is contradicted the plan stands without one."""
+        try:
+            return self._solved.certificate(seconds)
+        except BoundError as error:
+            _LOG.warning("%s; the plan stands, without proof of its batch sizes", error)
+            return ()
 
     def _scheduled(self, choice: Chosen) -> tuple[Chosen, tuple[Certificate, ...]]:
         choice, placed = self.placed(choice)

@@ -50,8 +50,7 @@ class Residency:
             raise BoundError(
                 f"a schedule takes {seconds:.9g} s, but the integer program of {NAME} proved that "
                 f"none of its kind takes less than {self.bound:.9g} s: this is a defect of "
-                "dovetail, please report it with the model's config, the machine and the workload; "
-                'policy "joint" plans the same knobs and proves nothing about them'
+                "dovetail, please report it with the model's config, the machine and the workload"
             )
         # What is within rounding of the schedule is the schedule's own time.
         bound = min(self.bound, seconds)

@@ -12,6 +12,7 @@ from dovetail.ir.errors import BoundError
 from dovetail.ir.machine import Machine
 from dovetail.ir.workload import Workload
 from dovetail.passes.apply_moves import apply_moves
+from dovetail.passes.choose import choose
 from dovetail.passes.gpu_cost import GpuCosts
 from dovetail.passes.gpu_predict import GpuPredictor
 from dovetail.passes.gpu_residency import NAME, Residency, inside, residency, shortage
@@ -107,6 +108,18 @@ def test_a_known_schedule_that_none_can_reach_is_not_hidden_by_its_limit() -> No
     assert not found.knobs
     with pytest.raises(BoundError, match="this is a defect of dovetail, please report it"):
         found.certificate(impossible)
+
+
+def test_a_plan_whose_bound_is_contradicted_stands_without_proof(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def contradicted(self: Residency, seconds: float | None) -> None:
+        raise BoundError("a schedule beats it")
+
+    monkeypatch.setattr(Residency, "certificate", contradicted)
+    made = choose(captured("olmoe"), MACHINE, sizes("olmoe", 0.3), SMALL)
+    assert NAME not in {c.name for c in made.certificates} and made.prediction.seconds > 0
+    assert "a schedule beats it; the plan stands, without proof" in caplog.text
 
 
 def test_the_bound_is_only_claimed_for_what_the_program_covers() -> None:
