@@ -22,6 +22,7 @@ from dovetail.ir.gpu_program import (
     instance_text,
     shifted,
 )
+from dovetail.ir.workload import Workload
 from dovetail.passes.gpu_memory import tier_bytes, unit_sizes
 from dovetail.passes.gpu_predict import GpuPredictor
 from dovetail.passes.gpu_settle import Settled, settle
@@ -62,6 +63,19 @@ def lower_gpu(
         capacity=dict(capacity),
         notes=_notes(predictor, work, settled),
     )
+
+
+def gpu_programs(
+    predictor: GpuPredictor, workload: Workload, capacity: Mapping[str, int]
+) -> tuple[GpuProgram, ...]:
+    """A program for each kind of step that a workload has: of its steps, that which takes longest
+    in all."""
+    longest: dict[str, tuple[float, StepWork]] = {}
+    for phase in predictor.phases(workload):
+        seconds = phase.steps * predictor.step(phase.work)[0]
+        if seconds > longest.get(phase.work.kind, (0.0, phase.work))[0]:
+            longest[phase.work.kind] = (seconds, phase.work)
+    return tuple(lower_gpu(predictor, work, capacity) for _, work in longest.values())
 
 
 def simulated_seconds(predictor: GpuPredictor, work: StepWork) -> float:

@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 import torch
 from tests.ir_cases import captured
-from tests.test_gpu_choose import MACHINE, WORKLOAD, sizes
+from tests.plan_cases import save_beside
+from tests.test_gpu_choose import MACHINE, WORKLOAD, plan, sizes
 from transformers import AutoConfig
 
 from dovetail.capture.capture import capture_config
+from dovetail.cli import main
 from dovetail.codegen.gpu_executor import emit_gpu_executor
 from dovetail.ir.errors import BudgetError, ModelError, VerifyError
 from dovetail.ir.gpu_program import Do, GpuFlat, GpuProgram, Layers, Record, Take, Wait
@@ -303,6 +305,20 @@ def test_the_same_program_has_the_same_text_with_loops() -> None:
     assert any(isinstance(i, Layers) for items in program.engines.values() for i in items)
     assert 'e.wait(f"copy_experts{n}", layer)' in text
     assert len(text.splitlines()) < len(program.ops()) * 2
+
+
+def test_plan_show_prints_the_executor_of_every_kind_of_step(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = plan("deepseek_v2", 0.6, "module_batch")
+    assert made is not None
+    path = save_beside(captured("deepseek_v2"), made, tmp_path)
+    assert main(["plan", "show", "--program", str(path)]) == 0
+    shown = capsys.readouterr().out
+    assert "step: prefill" in shown and "step: decode" in shown
+    assert shown.count("def gpu0(e):") == 2
+    assert main(["plan", "check", str(path)]) == 0
+    assert "programs of prefill, decode have no hazard" in capsys.readouterr().out
 
 
 def test_prompts_pass_one_group_of_layers_in_layered_prefill() -> None:

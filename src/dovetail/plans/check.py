@@ -104,6 +104,10 @@ class PlanCheck:
     def check_program(self) -> Found:
         """The program that they give is legal."""
         from dovetail.ir.verify import verify_program
+        from dovetail.ir.verify_gpu_program import verify_gpu_program
+        from dovetail.passes.gpu_cost import GpuCosts
+        from dovetail.passes.gpu_predict import GpuPredictor
+        from dovetail.passes.lower_gpu import gpu_programs
 
         if self.graph is None:
             return Found("not lowered", skipped=True)
@@ -113,7 +117,13 @@ class PlanCheck:
             if wrong := check_offsets(plan, self.graph) if plan.offsets else []:
                 raise PlanError(f"the offsets of its buffers are wrong: {wrong[0]}; plan again")
             apart = f", {len(plan.offsets)} buffers do not overlap" if plan.offsets else ""
-            return Found(f"{found} are legal{apart}")
+            costs = GpuCosts(plan.machine, self.graph.dtype, plan.workload.routing)
+            predictor = GpuPredictor(self.layout, costs)
+            programs = gpu_programs(predictor, plan.workload, plan.budget)
+            for step in programs:
+                verify_gpu_program(step)
+            kinds = ", ".join(step.kind for step in programs)
+            return Found(f"{found} are legal{apart}, programs of {kinds} have no hazard")
         program = lower(self.layout, self.plan.budget)
         verify_program(program, self.graph)
         count = sum(len(list(unroll(items))) for items in program.engines.values())

@@ -110,8 +110,25 @@ def show(path: Path, *, graph: bool, program: bool) -> int:
         from dovetail.passes.apply_moves import apply_moves
         from dovetail.passes.lower import lower
 
-        print(f"\n{print_program(lower(apply_moves(found, plan.moves), plan.budget))}")
+        layout = apply_moves(found, plan.moves)
+        if layout.device is None:
+            print(f"\n{print_program(lower(layout, plan.budget))}")
+        else:
+            _show_gpu_programs(layout, plan)
     return 0
+
+
+def _show_gpu_programs(layout: "Layout", plan: "Plan") -> None:
+    """Print the executor of each kind of step."""
+    from dovetail.codegen.gpu_executor import emit_gpu_executor
+    from dovetail.passes.gpu_cost import GpuCosts
+    from dovetail.passes.gpu_predict import GpuPredictor
+    from dovetail.passes.lower_gpu import gpu_programs
+
+    costs = GpuCosts(plan.machine, layout.graph.dtype, plan.workload.routing)
+    for program in gpu_programs(GpuPredictor(layout, costs), plan.workload, plan.budget):
+        title = {"policy": plan.policy, "machine": plan.machine.name, "step": program.kind}
+        print(f"\n{emit_gpu_executor(program, title)}", end="")
 
 
 def check(path: Path, *, here: bool = False) -> int:
