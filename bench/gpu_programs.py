@@ -31,11 +31,11 @@ from dovetail.ir.verify_gpu_program import verify_gpu_program
 from dovetail.ir.workload import Workload
 from dovetail.machine_files import load_machine
 from dovetail.passes.apply_moves import apply_moves
-from dovetail.passes.gpu_cost import GpuCosts
-from dovetail.passes.gpu_memory import HBM_SHARE, RAM_SHARE
-from dovetail.passes.gpu_predict import GpuPredictor
-from dovetail.passes.loop_work import StepWork
-from dovetail.passes.lower_gpu import lower_gpu, simulated_seconds
+from dovetail.passes.gpu.cost import GpuCosts
+from dovetail.passes.gpu.lower import lower_gpu, simulated_seconds
+from dovetail.passes.gpu.memory import HBM_SHARE, RAM_SHARE
+from dovetail.passes.gpu.predict import GpuPredictor
+from dovetail.passes.loop.work import StepWork
 from dovetail.passes.policies.gpu import GPU_POLICIES, GpuSetting, moves, starts
 from dovetail.runtime.fake_device import FakeDevice
 from dovetail.runtime.gpu_executor import GpuExecutor

@@ -26,7 +26,7 @@ from dovetail.ir.task_graph import TaskGraph
 from dovetail.ir.workload import Workload
 from dovetail.machine_files import load_machine
 from dovetail.passes.choose import choose
-from dovetail.passes.gpu_residency import NAME
+from dovetail.passes.gpu.residency import NAME
 
 CONFIGS = Path(__file__).parent / "configs"
 MODELS = ("Mixtral-8x7B", "Mixtral-8x22B", "Qwen3-30B-A3B", "DeepSeek-V2", "DeepSeek-V3")

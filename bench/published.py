@@ -25,8 +25,8 @@ from dovetail.ir.workload import Workload
 from dovetail.machine_files import load_machine
 from dovetail.passes.apply_moves import apply_moves
 from dovetail.passes.choose import choose
-from dovetail.passes.gpu_cost import GpuCosts
-from dovetail.passes.gpu_predict import GpuPredictor
+from dovetail.passes.gpu.cost import GpuCosts
+from dovetail.passes.gpu.predict import GpuPredictor
 from dovetail.passes.policies.common import Knobs
 from dovetail.passes.policies.gpu import DEFAULTS, GPU_POLICIES
 

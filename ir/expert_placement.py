@@ -6,16 +6,15 @@ node by node.
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from dovetail.ir import codec
-from dovetail.ir.errors import PlanError
 from dovetail.ir.expert_problem import PlacementProblem, StepModel
 from dovetail.ir.expert_slots import Matrix, Slots, check_shares, check_slots, require
+from dovetail.ir.record_file import fields, load_record, write_whole
 
 __all__ = [
     "VERSION",
@@ -124,40 +123,10 @@ class ExpertPlacement:
 
 def save_placement(placement: ExpertPlacement, path: Path) -> None:
     """Write the placement, one line a field; a crash leaves either the old file or the new one."""
-    data = codec.encode(placement)
-    assert isinstance(data, dict)
-    lines = [
-        f"{json.dumps(k)}: {json.dumps(v)}"
-        for k, v in ({"digest": placement.digest()} | data).items()
-    ]
-    scratch = path.with_name(path.name + ".tmp")
-    with scratch.open("w", encoding="utf-8") as file:
-        file.write("{\n" + ",\n".join(lines) + "\n}\n")
-        file.flush()
-        os.fsync(file.fileno())
-    scratch.replace(path)
+    lines = [f"{json.dumps(k)}: {json.dumps(v)}" for k, v in fields(placement).items()]
+    write_whole("{\n" + ",\n".join(lines) + "\n}\n", path)
 
 
 def load_placement(path: Path) -> ExpertPlacement:
     """Read a placement; raises PlanError on a file that is missing, malformed or altered."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise PlanError(f"{path}: no such file; make a placement with `dovetail place`") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise PlanError(f"{path}: not a readable placement: {error}; place again") from None
-    if not isinstance(data, dict) or data.get("kind") != "ExpertPlacement":
-        raise PlanError(f"{path}: expected an object of kind 'ExpertPlacement'; place again")
-    if (found := data.get("version")) != VERSION:
-        raise PlanError(f"{path}: placement version {found!r}, this dovetail reads {VERSION}")
-    stated = data.pop("digest", None)
-    try:
-        placement = codec.decode(data, ExpertPlacement)
-    except PlanError as error:
-        raise PlanError(f"{path}: {error}; place again") from None
-    if stated != placement.digest():
-        raise PlanError(
-            f"{path}: digest {str(stated)[:12]} does not match the content "
-            f"({placement.digest()[:12]}); the file was altered: place again"
-        )
-    return placement
+    return load_record(path, ExpertPlacement, VERSION, "placement", "dovetail place")

@@ -1,17 +1,16 @@
 """The plan: what `dovetail` decided, why, and what it expects. JSON, and nothing in it is run."""
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from dovetail.ir import codec
-from dovetail.ir.errors import PlanError
 from dovetail.ir.kernel_layer import KernelReference
 from dovetail.ir.machine import Machine
 from dovetail.ir.moves import Move
+from dovetail.ir.record_file import fields, load_record, write_whole
 from dovetail.ir.workload import Workload
 
 VERSION = 1
@@ -152,40 +151,9 @@ class Plan:
 
 def save_plan(plan: Plan, path: Path) -> None:
     """Write the plan; a crash leaves either the old file or the new one."""
-    data = codec.encode(plan)
-    assert isinstance(data, dict)
-    text = json.dumps({"digest": plan.digest()} | data, indent=1)
-    scratch = path.with_name(path.name + ".tmp")
-    with scratch.open("w", encoding="utf-8") as file:
-        file.write(text + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    scratch.replace(path)
+    write_whole(json.dumps(fields(plan), indent=1) + "\n", path)
 
 
 def load_plan(path: Path) -> Plan:
     """Read a plan; raises PlanError on a file that is missing, malformed or altered."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise PlanError(f"{path}: no such plan file; make one with `dovetail plan make`") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise PlanError(f"{path}: not a readable plan: {error}; export it again") from None
-    if not isinstance(data, dict) or data.get("kind") != "Plan":
-        raise PlanError(f"{path}: not a dovetail plan: expected an object of kind 'Plan'")
-    if data.get("version") != VERSION:
-        found = data.get("version")
-        raise PlanError(
-            f"{path}: plan version {found!r}, this dovetail reads {VERSION}; plan again"
-        )
-    stated = data.pop("digest", None)
-    try:
-        plan = codec.decode(data, Plan)
-    except PlanError as error:
-        raise PlanError(f"{path}: {error}; export the plan again") from None
-    if stated != plan.digest():
-        raise PlanError(
-            f"{path}: digest {str(stated)[:12]} does not match the content "
-            f"({plan.digest()[:12]}); the file was altered: export the plan again"
-        )
-    return plan
+    return load_record(path, Plan, VERSION, "plan", "dovetail plan make")

@@ -19,8 +19,8 @@ from dovetail.passes.apply_moves import apply_moves
 from dovetail.passes.bound import bound
 from dovetail.passes.chosen import Chosen
 from dovetail.passes.cost import Costs
-from dovetail.passes.gpu_buffers import with_offsets
-from dovetail.passes.gpu_choose import choose_gpu
+from dovetail.passes.gpu.buffers import with_offsets
+from dovetail.passes.gpu.choose import choose_gpu
 from dovetail.passes.memory import ram_bytes
 from dovetail.passes.policies import POLICIES, chunked_prefill
 from dovetail.passes.policies.common import Knobs, Policy, Setting

@@ -10,8 +10,8 @@ from dovetail.ir.program import Load, Run, Wait
 from dovetail.ir.task_graph import TaskGraph
 from dovetail.passes.apply_moves import Layout, apply_moves
 from dovetail.passes.cost import Costs
-from dovetail.passes.gpu_cost import GpuCosts
-from dovetail.passes.gpu_predict import GpuPredictor
+from dovetail.passes.gpu.cost import GpuCosts
+from dovetail.passes.gpu.predict import GpuPredictor
 from dovetail.passes.replay import replay_step
 from dovetail.passes.simulate import Simulator, workload_steps
 

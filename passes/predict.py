@@ -12,10 +12,10 @@ from dovetail.ir.workload import Workload
 from dovetail.passes import bound as cpu_bound
 from dovetail.passes.apply_moves import Layout
 from dovetail.passes.cost import Costs
-from dovetail.passes.gpu_bound import gpu_bound
-from dovetail.passes.gpu_cost import GpuCosts
-from dovetail.passes.gpu_memory import tier_bytes
-from dovetail.passes.gpu_predict import GpuPredictor
+from dovetail.passes.gpu.bound import gpu_bound
+from dovetail.passes.gpu.cost import GpuCosts
+from dovetail.passes.gpu.memory import tier_bytes
+from dovetail.passes.gpu.predict import GpuPredictor
 from dovetail.passes.lower import lower
 from dovetail.passes.memory import ram_bytes
 from dovetail.passes.simulate import Simulator

@@ -462,9 +462,9 @@ def test_winner_needs_a_clear_gain() -> None:
 def test_module_plan_refuses_other_files(tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     for text, message in (
-        ("{", "not a readable plan"),
-        ('{"kind": "Machine"}', "not the plan of a compiled module"),
-        ('{"kind": "ModulePlan", "version": 1}', "save the plan again"),
+        ("{", "not a readable module plan"),
+        ('{"kind": "Machine"}', "not a dovetail module plan"),
+        ('{"kind": "ModulePlan", "version": 1}', "make the module plan again"),
     ):
         path.write_text(text)
         with pytest.raises(PlanError, match=message):

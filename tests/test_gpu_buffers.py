@@ -11,7 +11,7 @@ from dovetail.capture.captured import Captured
 from dovetail.cli import main
 from dovetail.ir.plan import Plan, save_plan
 from dovetail.ir.printer import print_plan
-from dovetail.passes.gpu_buffers import buffers_of, check_offsets
+from dovetail.passes.gpu.buffers import buffers_of, check_offsets
 
 GRAPH = captured("olmoe")
 

@@ -18,13 +18,13 @@ from dovetail.ir.workload import Workload
 from dovetail.machine_files import save_machine
 from dovetail.passes.apply_moves import apply_moves
 from dovetail.passes.choose import choose
-from dovetail.passes.gpu_bound import shared_seconds
-from dovetail.passes.gpu_cost import GpuCosts, Shape
-from dovetail.passes.gpu_phases import phases, waves
-from dovetail.passes.gpu_predict import GpuPredictor
-from dovetail.passes.gpu_residency import NAME
-from dovetail.passes.loop_body import StepWork
-from dovetail.passes.loop_simulate import pace
+from dovetail.passes.gpu.bound import shared_seconds
+from dovetail.passes.gpu.cost import GpuCosts, Shape
+from dovetail.passes.gpu.phases import phases, waves
+from dovetail.passes.gpu.predict import GpuPredictor
+from dovetail.passes.gpu.residency import NAME
+from dovetail.passes.loop.body import StepWork
+from dovetail.passes.loop.simulate import pace
 from dovetail.passes.lower import lower
 from dovetail.passes.policies.gpu import DEFAULTS, GPU_POLICIES, GpuSetting, moves
 from dovetail.passes.predict import peaks, verify_layout

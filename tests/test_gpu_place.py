@@ -18,10 +18,10 @@ from dovetail.ir.workload import Routing, Workload
 from dovetail.passes.apply_moves import apply_moves
 from dovetail.passes.choose import choose
 from dovetail.passes.expert_loads import ANY, ExpertLoads
-from dovetail.passes.gpu_cost import GpuCosts
-from dovetail.passes.gpu_memory import tier_bytes
-from dovetail.passes.gpu_place import place
-from dovetail.passes.gpu_predict import GpuPredictor
+from dovetail.passes.gpu.cost import GpuCosts
+from dovetail.passes.gpu.memory import tier_bytes
+from dovetail.passes.gpu.place import place
+from dovetail.passes.gpu.predict import GpuPredictor
 from dovetail.passes.policies.gpu import DEFAULTS, GpuSetting
 from dovetail.passes.policies.gpu import moves as gpu_moves
 from dovetail.passes.predict import verify_layout

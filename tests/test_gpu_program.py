@@ -26,10 +26,10 @@ from dovetail.ir.verify_gpu_program import verify_gpu_program
 from dovetail.ir.workload import Workload
 from dovetail.machine_files import load_machine
 from dovetail.passes.apply_moves import apply_moves
-from dovetail.passes.gpu_cost import GpuCosts
-from dovetail.passes.gpu_predict import GpuPredictor
-from dovetail.passes.loop_work import StepWork
-from dovetail.passes.lower_gpu import lower_gpu
+from dovetail.passes.gpu.cost import GpuCosts
+from dovetail.passes.gpu.lower import lower_gpu
+from dovetail.passes.gpu.predict import GpuPredictor
+from dovetail.passes.loop.work import StepWork
 from dovetail.passes.policies.common import Knobs
 from dovetail.passes.policies.gpu import GPU_POLICIES, GpuSetting, moves, starts
 from dovetail.runtime.fake_device import FakeDevice
@@ -342,7 +342,7 @@ def test_a_cuda_device_is_refused_without_a_gpu() -> None:
 
 def test_programs_are_made_and_checked_without_torch() -> None:
     code = (
-        "import sys; import dovetail.ir.verify_gpu_program, dovetail.passes.lower_gpu, "
+        "import sys; import dovetail.ir.verify_gpu_program, dovetail.passes.gpu.lower, "
         "dovetail.codegen.gpu_executor; assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -19,12 +19,12 @@ from dovetail.ir.moves import Accumulate, Assign, Dispatch, Reorder
 from dovetail.ir.placement import experts_of
 from dovetail.passes.apply_moves import Layout, apply_moves
 from dovetail.passes.cost import Costs
-from dovetail.passes.gpu_cost import GpuCosts, Shape
-from dovetail.passes.gpu_predict import GpuPredictor
-from dovetail.passes.loop_body import TICK, Loop, StepWork, loop_body
-from dovetail.passes.loop_builder import Builder
-from dovetail.passes.loop_groups import shapes
-from dovetail.passes.loop_simulate import pace
+from dovetail.passes.gpu.cost import GpuCosts, Shape
+from dovetail.passes.gpu.predict import GpuPredictor
+from dovetail.passes.loop.body import TICK, Loop, StepWork, loop_body
+from dovetail.passes.loop.builder import Builder
+from dovetail.passes.loop.groups import shapes
+from dovetail.passes.loop.simulate import pace
 from dovetail.passes.policies.common import Knobs, Setting
 from dovetail.passes.policies.gpu import DEFAULTS, GPU_POLICIES, LINEARS, linears_share
 from dovetail.passes.policies.gpu import moves as gpu_moves

@@ -13,8 +13,8 @@ from dovetail.cli import main
 from dovetail.ir.plan import Plan, save_plan
 from dovetail.passes.apply_moves import apply_moves
 from dovetail.passes.choose import choose
-from dovetail.passes.gpu_cost import GpuCosts
-from dovetail.passes.gpu_predict import GpuPredictor, alike_layers
+from dovetail.passes.gpu.cost import GpuCosts
+from dovetail.passes.gpu.predict import GpuPredictor, alike_layers
 from dovetail.plans.report import findings
 from dovetail.plans.report_lanes import occupancy
 from dovetail.plans.timeline_gpu import gpu_panels, gpu_rings, gpu_timeline

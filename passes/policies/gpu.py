@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from dovetail.ir.placement import experts_of
-from dovetail.passes.gpu_cost import GpuCosts, Shape
-from dovetail.passes.gpu_memory import unit_sizes
+from dovetail.passes.gpu.cost import GpuCosts, Shape
+from dovetail.passes.gpu.memory import unit_sizes
 from dovetail.passes.policies.common import Knobs, max_experts, powers
 from dovetail.passes.policies.gpu_moves import DEFAULTS, GpuSetting, buffers, moves
 from dovetail.solvers import linear_share

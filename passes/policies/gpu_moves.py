@@ -24,7 +24,7 @@ from dovetail.ir.moves import (
 from dovetail.ir.task_graph import TaskGraph
 from dovetail.ir.workload import Workload
 from dovetail.passes.apply_moves import apply_moves
-from dovetail.passes.gpu_memory import tier_bytes, unit_sizes
+from dovetail.passes.gpu.memory import tier_bytes, unit_sizes
 from dovetail.passes.policies.common import Knobs, fuse_moves, max_experts
 
 BLOCK = 64 << 20

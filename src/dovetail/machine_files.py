@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 from dovetail.ir import codec
 from dovetail.ir.errors import InputError, PlanError
 from dovetail.ir.machine import Accelerator, Machine
+from dovetail.ir.record_file import write_whole
 from dovetail.ir.units import format_bytes, parse_budget
 
 
@@ -45,13 +45,8 @@ def save_machine(machine: Machine, path: Path) -> None:
     Raises InputError where the file cannot be written.
     """
     text = json.dumps(codec.encode(machine), indent=1, ensure_ascii=False, allow_nan=False)
-    scratch = path.with_name(f"{path.name}.tmp")
     try:
-        with scratch.open("w", encoding="utf-8") as file:
-            file.write(text + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        scratch.replace(path)
+        write_whole(text + "\n", path)
     except OSError as error:
         raise InputError(
             f"the machine file {path} cannot be written: {error.strerror}; name another place"

@@ -180,6 +180,9 @@ def _adopt(
         workload=request.workload,
         prediction=prediction,
         bound=least_time(graph, machine, request.budget, request.workload),
+        # What was proved held for the machine, budget and workload of the plan that was given.
+        certificates=(),
+        offsets={},
     )
 
 

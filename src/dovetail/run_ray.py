@@ -7,13 +7,13 @@ machines of the cluster read the model and the shards at the same paths, as from
 
 import argparse
 import json
-import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from dovetail.checkpoint import ModelFolder
 from dovetail.ir.errors import InputError
+from dovetail.ir.record_file import write_whole
 from dovetail.prompts import Prompt
 from dovetail.run import load_prompts
 from dovetail.tuning.ray_fleet import run_command, run_on_ray
@@ -83,12 +83,9 @@ def _join(files: Sequence[Path], prompts: Sequence[Prompt], out: Path) -> None:
             found[json.dumps(json.loads(line)["id"])] = line
     missing = [p.id for p in prompts if json.dumps(p.id) not in found]
     assert not missing, f"shards ended without {missing[:3]}"
-    scratch = out.with_name(out.name + ".tmp")
-    with scratch.open("w", encoding="utf-8") as joined:
-        for prompt in prompts:
-            line = found[json.dumps(prompt.id)]
-            # A shard counts its own prompts.
-            joined.write(_INDEX.sub(f'{{"index": {prompt.index}', line, count=1))
-        joined.flush()
-        os.fsync(joined.fileno())
-    scratch.replace(out)
+    # A shard counts its own prompts.
+    lines = (
+        _INDEX.sub(f'{{"index": {prompt.index}', found[json.dumps(prompt.id)], count=1)
+        for prompt in prompts
+    )
+    write_whole("".join(lines), out)

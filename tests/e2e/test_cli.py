@@ -265,7 +265,7 @@ def test_unusable_plans_are_refused(
         json.dumps(json.loads(good) | {"version": 99})
     )
     altered = json.loads(good) | {"policy": "eager"}
-    assert "the file was altered: export the plan again" in refused(json.dumps(altered))
+    assert "the file was altered: make the plan again" in refused(json.dumps(altered))
     needs = refused(good, "--budget", "1MiB")
     assert "the plan needs ram=" in needs and "the budget is 1.00 MiB" in needs
     more = refused(good, "--max-new-tokens", "300")

@@ -15,6 +15,7 @@ from typing import Literal
 
 from dovetail.ir import codec
 from dovetail.ir.errors import PlanError
+from dovetail.ir.record_file import fields, load_record, write_whole
 from dovetail.tuning.staleness import Grade, compare, environment_here
 from dovetail.tuning_db.database import default_path
 
@@ -72,38 +73,12 @@ class ModulePlan:
 
 def save_module_plan(plan: ModulePlan, path: Path) -> None:
     """Write the plan; a crash leaves either the old file or the new one."""
-    data = codec.encode(plan)
-    assert isinstance(data, dict)
-    text = json.dumps({"digest": plan.digest()} | data, indent=1)
-    part = path.with_name(path.name + ".part")
-    part.write_text(text + "\n", encoding="utf-8")
-    part.replace(path)
+    write_whole(json.dumps(fields(plan), indent=1) + "\n", path)
 
 
 def load_module_plan(path: Path) -> ModulePlan:
     """Read a module's plan; raises PlanError on a file that is missing, malformed or altered."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise PlanError(
-            f"{path}: no such plan file; a compiled module writes one with save_plan(path)"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise PlanError(f"{path}: not a readable plan: {error}; save it again") from None
-    if not isinstance(data, dict) or data.get("kind") != "ModulePlan":
-        raise PlanError(f"{path}: not the plan of a compiled module")
-    stated = data.pop("digest", None)
-    try:
-        plan = codec.decode(data, ModulePlan)
-    except PlanError as error:
-        raise PlanError(f"{path}: {error}; save the plan again") from None
-    if plan.version != VERSION or stated != plan.digest():
-        raise PlanError(
-            f"{path}: version {plan.version}, digest {str(stated)[:12]}; expected version "
-            f"{VERSION}, digest {plan.digest()[:12]}: the file was altered or is of another "
-            "dovetail; save it again"
-        )
-    return plan
+    return load_record(path, ModulePlan, VERSION, "module plan", "save_plan(path)")
 
 
 def bucket_of(tokens: int) -> int:

@@ -23,6 +23,7 @@ from dovetail.ir.expert_placement import (
     save_placement,
 )
 from dovetail.ir.expert_slots import Slots, contiguous
+from dovetail.ir.record_file import write_whole
 
 FORMATS = ("dovetail", "sglang", "vllm", "vllm-ascend")
 
@@ -49,9 +50,7 @@ def write_placement(
         save_placement(placement, path)
         return
     data = _in_form(placement, form, layers, model_layers)
-    scratch = path.with_name(path.name + ".tmp")
-    scratch.write_text(json.dumps(data) + "\n", encoding="utf-8")
-    scratch.replace(path)
+    write_whole(json.dumps(data) + "\n", path)
 
 
 def losses(placement: ExpertPlacement, form: str) -> str:

@@ -12,7 +12,7 @@ from dovetail.ir.program import unroll
 from dovetail.ir.task_graph import TaskGraph
 from dovetail.ir.units import format_bytes, format_duration
 from dovetail.passes.apply_moves import Layout, apply_moves
-from dovetail.passes.gpu_buffers import check_offsets
+from dovetail.passes.gpu.buffers import check_offsets
 from dovetail.passes.lower import lower
 from dovetail.passes.predict import least_time, peaks, verify_layout
 
@@ -105,9 +105,9 @@ class PlanCheck:
         """The program that they give is legal."""
         from dovetail.ir.verify import verify_program
         from dovetail.ir.verify_gpu_program import verify_gpu_program
-        from dovetail.passes.gpu_cost import GpuCosts
-        from dovetail.passes.gpu_predict import GpuPredictor
-        from dovetail.passes.lower_gpu import gpu_programs
+        from dovetail.passes.gpu.cost import GpuCosts
+        from dovetail.passes.gpu.lower import gpu_programs
+        from dovetail.passes.gpu.predict import GpuPredictor
 
         if self.graph is None:
             return Found("not lowered", skipped=True)

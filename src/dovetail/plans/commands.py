@@ -121,9 +121,9 @@ def show(path: Path, *, graph: bool, program: bool) -> int:
 def _show_gpu_programs(layout: "Layout", plan: "Plan") -> None:
     """Print the executor of each kind of step."""
     from dovetail.codegen.gpu_executor import emit_gpu_executor
-    from dovetail.passes.gpu_cost import GpuCosts
-    from dovetail.passes.gpu_predict import GpuPredictor
-    from dovetail.passes.lower_gpu import gpu_programs
+    from dovetail.passes.gpu.cost import GpuCosts
+    from dovetail.passes.gpu.lower import gpu_programs
+    from dovetail.passes.gpu.predict import GpuPredictor
 
     costs = GpuCosts(plan.machine, layout.graph.dtype, plan.workload.routing)
     for program in gpu_programs(GpuPredictor(layout, costs), plan.workload, plan.budget):

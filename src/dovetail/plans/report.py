@@ -11,11 +11,12 @@ from typing import Any
 
 from dovetail.ir.errors import OutputError
 from dovetail.ir.plan import Plan
+from dovetail.ir.record_file import write_whole
 from dovetail.ir.task_graph import TaskGraph
 from dovetail.passes.apply_moves import Layout, apply_moves
 from dovetail.passes.engine_use import EngineUse, engine_use
-from dovetail.passes.gpu_cost import GpuCosts
-from dovetail.passes.gpu_predict import GpuPredictor
+from dovetail.passes.gpu.cost import GpuCosts
+from dovetail.passes.gpu.predict import GpuPredictor
 from dovetail.passes.lower import lower, segments
 from dovetail.passes.replay import buffers_held
 from dovetail.passes.sensitivity import Effect, Note, curve, resources
@@ -128,10 +129,8 @@ def tiers(plan: Plan) -> dict[str, Mapping[str, int]]:
 
 def write_report(text: str, out: Path) -> None:
     """Write the page; a crash leaves the old file or the new one. Raises OutputError."""
-    scratch = out.with_name(f"{out.name}.tmp")
     try:
-        scratch.write_text(text, encoding="utf-8")
-        scratch.replace(out)
+        write_whole(text, out)
     except OSError as error:
         raise OutputError(
             f"the report {out} cannot be written: {error.strerror}; name another place with -o"

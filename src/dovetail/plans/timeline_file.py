@@ -9,6 +9,7 @@ from typing import Any
 from dovetail.ir.batching import Step
 from dovetail.ir.errors import InputError, OutputError
 from dovetail.ir.plan import Plan
+from dovetail.ir.record_file import write_whole
 from dovetail.ir.timeline import Span, Timeline, chrome_trace
 from dovetail.passes.apply_moves import Layout
 from dovetail.passes.cost import Costs
@@ -120,10 +121,8 @@ def write_trace(path: Path, timelines: Iterable[Timeline]) -> None:
     """Write the timelines in Chrome's trace event format; a crash leaves the old file or the new
     one. Raises OutputError."""
     text = json.dumps(chrome_trace(timelines), allow_nan=False)
-    scratch = path.with_name(f"{path.name}.tmp")
     try:
-        scratch.write_text(text + "\n", encoding="utf-8")
-        scratch.replace(path)
+        write_whole(text + "\n", path)
     except OSError as error:
         raise OutputError(
             f"the timeline {path} cannot be written: {error.strerror}; name another place"

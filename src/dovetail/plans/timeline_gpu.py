@@ -11,11 +11,11 @@ from dovetail.ir.plan import Plan
 from dovetail.ir.timeline import Span, Timeline
 from dovetail.ir.workload import Workload
 from dovetail.passes.apply_moves import Layout
-from dovetail.passes.gpu_buffers import heaviest, pool_sizes
-from dovetail.passes.gpu_cost import GpuCosts
-from dovetail.passes.gpu_predict import GpuPredictor, alike_layers
-from dovetail.passes.loop_body import StepWork
-from dovetail.passes.loop_simulate import held, timeline
+from dovetail.passes.gpu.buffers import heaviest, pool_sizes
+from dovetail.passes.gpu.cost import GpuCosts
+from dovetail.passes.gpu.predict import GpuPredictor, alike_layers
+from dovetail.passes.loop.body import StepWork
+from dovetail.passes.loop.simulate import held, timeline
 from dovetail.plans.timeline_panel import ALL, Panel
 
 SHOWN = 3

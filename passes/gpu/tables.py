@@ -23,12 +23,12 @@ from dovetail.ir.moves import Dispatch
 from dovetail.ir.placement import experts_of
 from dovetail.ir.task_graph import ITEMSIZE, Experts
 from dovetail.passes.apply_moves import apply_moves
-from dovetail.passes.gpu_cost import GpuCosts, Shape
-from dovetail.passes.gpu_loads import ROWS, Attention, Loads, LoopLoads
-from dovetail.passes.gpu_memory import unit_sizes
-from dovetail.passes.gpu_phases import phases
-from dovetail.passes.loop_experts import MAX_LOADS
-from dovetail.passes.loop_work import TICK, StepWork
+from dovetail.passes.gpu.cost import GpuCosts, Shape
+from dovetail.passes.gpu.loads import ROWS, Attention, Loads, LoopLoads
+from dovetail.passes.gpu.memory import unit_sizes
+from dovetail.passes.gpu.phases import phases
+from dovetail.passes.loop.experts import MAX_LOADS
+from dovetail.passes.loop.work import TICK, StepWork
 from dovetail.passes.memory import activation_bytes
 from dovetail.passes.policies.common import Knobs
 from dovetail.passes.policies.gpu import DEFAULTS, GpuSetting, buffers, ladders, moves

@@ -18,13 +18,13 @@ from dovetail.ir.units import format_bytes
 from dovetail.ir.workload import Workload
 from dovetail.passes.apply_moves import apply_moves
 from dovetail.passes.chosen import Chosen
-from dovetail.passes.gpu_bound import gpu_bound
-from dovetail.passes.gpu_cost import GpuCosts
-from dovetail.passes.gpu_memory import HBM_SHARE, RAM_SHARE, tier_bytes
-from dovetail.passes.gpu_overlap import overlap
-from dovetail.passes.gpu_place import place
-from dovetail.passes.gpu_predict import GpuPredictor
-from dovetail.passes.gpu_residency import Residency, inside, leaner, residency, shortage
+from dovetail.passes.gpu.bound import gpu_bound
+from dovetail.passes.gpu.cost import GpuCosts
+from dovetail.passes.gpu.memory import HBM_SHARE, RAM_SHARE, tier_bytes
+from dovetail.passes.gpu.overlap import overlap
+from dovetail.passes.gpu.place import place
+from dovetail.passes.gpu.predict import GpuPredictor
+from dovetail.passes.gpu.residency import Residency, inside, leaner, residency, shortage
 from dovetail.passes.policies.common import Knobs
 from dovetail.passes.policies.gpu import GPU_POLICIES, GpuPolicy, GpuSetting, ladders, moves, starts
 from dovetail.solvers.ladder_search import LadderSearch

@@ -14,7 +14,7 @@ from dovetail.ir.machine import Machine
 from dovetail.ir.task_graph import Body
 from dovetail.ir.workload import Routing
 from dovetail.passes.cost import OpCost, op_cost
-from dovetail.passes.gpu_expert_costs import GpuExpertCosts, curve_of
+from dovetail.passes.gpu.expert_costs import GpuExpertCosts, curve_of
 
 LEAST_KEPT = 0.25
 """Share of its rate that the CPU keeps at least beside copies: memory controllers are fair."""

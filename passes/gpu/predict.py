@@ -1,7 +1,7 @@
 """GPU prediction: `layout, machine, workload -> time and bytes`, from simulated loop bodies.
 
 The time of a decode step is piecewise linear in the context, so a few contexts are simulated and
-the rest is interpolated (gpu_phases.py).
+the rest is interpolated (phases.py).
 """
 
 import math
@@ -12,11 +12,11 @@ from dovetail.ir.plan import Prediction
 from dovetail.ir.timeline import Timeline
 from dovetail.ir.workload import Workload
 from dovetail.passes.apply_moves import Layout
-from dovetail.passes.gpu_cost import GpuCosts, Shape
-from dovetail.passes.gpu_memory import tier_bytes
-from dovetail.passes.gpu_phases import CONTEXTS, Phase, phases
-from dovetail.passes.loop_body import Loop, StepWork, loop_body
-from dovetail.passes.loop_simulate import pace, timeline
+from dovetail.passes.gpu.cost import GpuCosts, Shape
+from dovetail.passes.gpu.memory import tier_bytes
+from dovetail.passes.gpu.phases import CONTEXTS, Phase, phases
+from dovetail.passes.loop.body import Loop, StepWork, loop_body
+from dovetail.passes.loop.simulate import pace, timeline
 
 
 class GpuPredictor:

@@ -1,6 +1,6 @@
 """GPU residency: `setting -> knobs of the integer program's answers, and its bound`.
 
-The program (gpu_tables.py, solved by solvers/batch_residency.py) knows engines and chains of a
+The program (tables.py, solved by solvers/batch_residency.py) knows engines and chains of a
 layer, not its schedule: its best answers are simulated and scheduled like every other candidate,
 and its optimum bounds what any of them, and any other schedule of these knobs, can reach.
 """
@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from dovetail.ir.errors import BoundError
 from dovetail.ir.plan import Certificate
 from dovetail.ir.workload import Workload
-from dovetail.passes.gpu_cost import GpuCosts
-from dovetail.passes.gpu_tables import EXPERT_ROWS, KIB, UNIT, Tables
+from dovetail.passes.gpu.cost import GpuCosts
+from dovetail.passes.gpu.tables import EXPERT_ROWS, KIB, UNIT, Tables
 from dovetail.passes.policies.common import Knobs
 from dovetail.passes.policies.gpu import DEFAULTS, GpuSetting, moves
 from dovetail.solvers.batch_residency import solve

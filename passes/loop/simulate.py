@@ -10,8 +10,8 @@ from functools import lru_cache
 
 from dovetail.ir.errors import VerifyError
 from dovetail.ir.timeline import Span, Timeline
-from dovetail.passes.loop_body import TICK, Loop
-from dovetail.passes.loop_work import Order
+from dovetail.passes.loop.body import TICK, Loop
+from dovetail.passes.loop.work import Order
 from dovetail.solvers.loop_problem import Hold, LoopProblem, Op
 
 WARM, MEASURED = 4, 4

@@ -19,11 +19,11 @@ from dovetail.ir.placement import experts_of
 from dovetail.ir.task_graph import Experts
 from dovetail.passes.apply_moves import Layout
 from dovetail.passes.expert_loads import ANY
-from dovetail.passes.gpu_cost import GpuCosts, Shape
-from dovetail.passes.loop_builder import Builder
-from dovetail.passes.loop_experts import experts_ends
-from dovetail.passes.loop_groups import MAX_GROUPS, bundle
-from dovetail.passes.loop_work import TICK, StepWork
+from dovetail.passes.gpu.cost import GpuCosts, Shape
+from dovetail.passes.loop.builder import Builder
+from dovetail.passes.loop.experts import experts_ends
+from dovetail.passes.loop.groups import MAX_GROUPS, bundle
+from dovetail.passes.loop.work import TICK, StepWork
 
 ENGINES = ("gpu0", "gpu1", "h2d", "d2h", "disk", "cpu")
 ROWS = (*ENGINES, "turn", "alone", "refill")

@@ -12,11 +12,11 @@ from dovetail.ir.plan import Certificate, Plan
 from dovetail.ir.task_graph import TaskGraph
 from dovetail.ir.workload import Workload
 from dovetail.passes.apply_moves import apply_moves
-from dovetail.passes.gpu_cost import GpuCosts
-from dovetail.passes.gpu_memory import tier_bytes, unit_sizes
-from dovetail.passes.gpu_predict import GpuPredictor
-from dovetail.passes.loop_body import TICK, Loop, StepWork
-from dovetail.passes.loop_simulate import held
+from dovetail.passes.gpu.cost import GpuCosts
+from dovetail.passes.gpu.memory import tier_bytes, unit_sizes
+from dovetail.passes.gpu.predict import GpuPredictor
+from dovetail.passes.loop.body import TICK, Loop, StepWork
+from dovetail.passes.loop.simulate import held
 from dovetail.solvers import buffer_offsets
 from dovetail.solvers.buffer_offsets import Buffer
 

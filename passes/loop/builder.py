@@ -6,8 +6,8 @@ from dataclasses import dataclass, field, replace
 from dovetail.ir.machine import Curve
 from dovetail.passes.apply_moves import Layout
 from dovetail.passes.device import Device
-from dovetail.passes.gpu_cost import GpuCosts
-from dovetail.passes.loop_work import TICK, Order, StepWork
+from dovetail.passes.gpu.cost import GpuCosts
+from dovetail.passes.loop.work import TICK, Order, StepWork
 from dovetail.solvers.loop_problem import Hold, LoopProblem, Op
 
 After = tuple[str, int]

@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from dovetail.ir.moves import Move, Pipeline
 from dovetail.ir.plan import Certificate
 from dovetail.ir.workload import Workload
-from dovetail.passes.gpu_predict import GpuPredictor
-from dovetail.passes.loop_body import TICK, Loop, Order, StepWork
-from dovetail.passes.loop_simulate import pace
+from dovetail.passes.gpu.predict import GpuPredictor
+from dovetail.passes.loop.body import TICK, Loop, Order, StepWork
+from dovetail.passes.loop.simulate import pace
 from dovetail.solvers import modulo_schedule
 from dovetail.solvers.loop_bounds import lowest_period
 from dovetail.solvers.loop_problem import LoopProblem, ModuloSchedule

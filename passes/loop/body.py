@@ -11,11 +11,11 @@ from collections.abc import Sequence
 
 from dovetail.ir.placement import experts_of
 from dovetail.passes.apply_moves import Layout
-from dovetail.passes.gpu_cost import GpuCosts
-from dovetail.passes.loop_builder import After, Builder
-from dovetail.passes.loop_experts import experts_ends, tail_ends
-from dovetail.passes.loop_groups import Bundle, bundle, dense, shapes
-from dovetail.passes.loop_work import TICK, Loop, Order, StepWork
+from dovetail.passes.gpu.cost import GpuCosts
+from dovetail.passes.loop.builder import After, Builder
+from dovetail.passes.loop.experts import experts_ends, tail_ends
+from dovetail.passes.loop.groups import Bundle, bundle, dense, shapes
+from dovetail.passes.loop.work import TICK, Loop, Order, StepWork
 
 __all__ = ["TICK", "Loop", "Order", "StepWork", "loop_body"]
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from dovetail.ir.placement import dense_weights
 from dovetail.ir.task_graph import ITEMSIZE
-from dovetail.passes.gpu_cost import GroupSeconds, Shape
-from dovetail.passes.loop_builder import After, Builder
+from dovetail.passes.gpu.cost import GroupSeconds, Shape
+from dovetail.passes.loop.builder import After, Builder
 
 MAX_GROUPS = 8
 """Most bundles of groups in a body (facts: larger ones are not proved)."""

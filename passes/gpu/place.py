@@ -15,7 +15,7 @@ from dovetail.ir.plan import Certificate
 from dovetail.ir.task_graph import TaskGraph
 from dovetail.passes.apply_moves import Layout, apply_moves
 from dovetail.passes.expert_loads import ExpertLoads
-from dovetail.passes.gpu_memory import tier_bytes, unit_sizes
+from dovetail.passes.gpu.memory import tier_bytes, unit_sizes
 from dovetail.passes.policies.gpu import GpuSetting
 from dovetail.solvers import tier_placement
 from dovetail.solvers.tier_placement import Item, TierProblem

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from dovetail.passes.gpu_cost import Shape
+from dovetail.passes.gpu.cost import Shape
 from dovetail.solvers.loop_problem import LoopProblem
 
 TICK = 1e-6

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from dovetail.ir.errors import VerifyError
 from dovetail.ir.gpu_program import GpuOp, Instance, Ref, instance_text
-from dovetail.passes.gpu_step import GpuStep
+from dovetail.passes.gpu.step import GpuStep
 
 
 @dataclass(slots=True)

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from dovetail.ir.moves import Dispatch
 from dovetail.ir.workload import Workload
-from dovetail.passes.gpu_cost import Shape
-from dovetail.passes.loop_body import StepWork
+from dovetail.passes.gpu.cost import Shape
+from dovetail.passes.loop.body import StepWork
 
 CONTEXTS = 3
 """Context lengths at which a wave's decode steps are simulated."""

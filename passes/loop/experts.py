@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 from dovetail.ir.task_graph import ITEMSIZE, Experts
 from dovetail.passes.expert_loads import ANY, Load
-from dovetail.passes.gpu_cost import Shape
-from dovetail.passes.loop_builder import After, Builder
-from dovetail.passes.loop_groups import Bundle
+from dovetail.passes.gpu.cost import Shape
+from dovetail.passes.loop.builder import After, Builder
+from dovetail.passes.loop.groups import Bundle
 
 MAX_LOADS = 16
 """Most bundles of expert loads in a body (facts: larger ones are not proved)."""

@@ -11,10 +11,10 @@ from dovetail.ir.errors import VerifyError
 from dovetail.ir.gpu_program import GpuOp, Instance, Ref
 from dovetail.ir.placement import embed_weights
 from dovetail.ir.task_graph import ITEMSIZE
-from dovetail.passes.gpu_cost import Shape
-from dovetail.passes.gpu_memory import unit_sizes
-from dovetail.passes.gpu_predict import GpuPredictor, alike_layers
-from dovetail.passes.loop_body import TICK, Loop, StepWork, loop_body
+from dovetail.passes.gpu.cost import Shape
+from dovetail.passes.gpu.memory import unit_sizes
+from dovetail.passes.gpu.predict import GpuPredictor, alike_layers
+from dovetail.passes.loop.body import TICK, Loop, StepWork, loop_body
 from dovetail.solvers.loop_problem import Hold
 
 CPU_READS = "cpu_experts"

@@ -23,13 +23,13 @@ from dovetail.ir.gpu_program import (
     shifted,
 )
 from dovetail.ir.workload import Workload
-from dovetail.passes.gpu_memory import tier_bytes, unit_sizes
-from dovetail.passes.gpu_predict import GpuPredictor
-from dovetail.passes.gpu_settle import Settled, settle
-from dovetail.passes.gpu_step import CPU_READS, GpuStep, gpu_step
-from dovetail.passes.loop_body import loop_body
-from dovetail.passes.loop_groups import KV_BUFFERS
-from dovetail.passes.loop_work import StepWork
+from dovetail.passes.gpu.memory import tier_bytes, unit_sizes
+from dovetail.passes.gpu.predict import GpuPredictor
+from dovetail.passes.gpu.settle import Settled, settle
+from dovetail.passes.gpu.step import CPU_READS, GpuStep, gpu_step
+from dovetail.passes.loop.body import loop_body
+from dovetail.passes.loop.groups import KV_BUFFERS
+from dovetail.passes.loop.work import StepWork
 
 MAX_PERIOD = 4
 """Longest pattern of layers that is recognised as a loop."""
