@@ -19,7 +19,6 @@ leaves one of them:
 3. header and receipt: the run is complete, and the same command has nothing to do.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -32,10 +31,12 @@ from pathlib import Path
 from typing import Self
 
 from dovetail.ir.errors import InputError, OutputError
+from dovetail.locked_file import open_locked
 
 JSON = None | bool | int | float | str | Sequence["JSON"] | Mapping[str, "JSON"]
 
 _VERSION = 1
+_ALONE = "expected one run per output file: wait for the other run to end, or choose another --out"
 _HEADER_START = b'{"dovetail_journal":'
 # Half surrogates are not UTF-8, and some readers take the others for line ends.
 _NEEDS_ESCAPE = re.compile("[\x7f-\x9f\u2028\u2029\ud800-\udfff]")
@@ -137,7 +138,7 @@ class Journal:
             raise _foreign(out)
         with ExitStack() as on_error:
             try:
-                fd = _open_locked(path)
+                fd = open_locked(path, os.O_APPEND, _ALONE)
                 on_error.callback(os.close, fd)
                 journal = cls(out, fd, run)
                 if restart:
@@ -336,25 +337,6 @@ def _check_target(out: Path) -> None:
             f"{out}: found something that is not a plain file; expected no file there: choose "
             "another --out"
         )
-
-
-def _open_locked(path: Path) -> int:
-    """Open or create the journal and lock it for this process."""
-    while True:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
-        with ExitStack() as on_error:
-            on_error.callback(os.close, fd)
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise InputError(
-                    f"{path}: found it in use by another process; expected one run per output "
-                    "file: wait for the other run to end, or choose another --out"
-                ) from error
-            # A run that completed in between has put a new file under this name.
-            if path.exists() and os.path.samestat(os.fstat(fd), path.stat()):
-                on_error.pop_all()
-                return fd
 
 
 def _scan(fd: int, path: Path) -> _Contents | None:

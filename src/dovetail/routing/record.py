@@ -14,7 +14,6 @@ that a kill cut off runs again and its rows replace those of before. When all pr
 the trace is put together and the record is removed.
 """
 
-import fcntl
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -29,11 +28,16 @@ from dovetail.ir.batching import Group
 from dovetail.ir.errors import InputError, OutputError, PlanError
 from dovetail.ir.routing_trace import RoutingTrace
 from dovetail.ir.task_graph import TaskGraph
+from dovetail.locked_file import open_locked
 from dovetail.routing.rows import Geometry, Lengths, Rows
 from dovetail.routing.trace import save_trace
 
 VERSION = 1
 _HEADER_START = b'{"dovetail_routing":'
+_ALONE = (
+    "expected one run per routing trace: wait for the other run to end, or choose another "
+    "--record-routing"
+)
 
 
 class RoutingRecord:
@@ -219,28 +223,14 @@ def _header(file: BinaryIO, path: Path) -> dict[str, Any] | None:
 
 def _locked(path: Path) -> BinaryIO:
     """Open or create the record and lock it for this process."""
-    while True:
-        try:
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        except OSError as error:
-            raise OutputError(
-                f"cannot keep the routing record {path}: {error.strerror}; expected a folder that "
-                "can be written to: choose another --record-routing"
-            ) from error
-        file = os.fdopen(fd, "r+b", buffering=1 << 16)
-        with ExitStack() as on_error:
-            on_error.callback(file.close)
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise InputError(
-                    f"{path}: found it in use by another process, expected one run per routing "
-                    "trace: wait for the other run to end, or choose another --record-routing"
-                ) from error
-            # A run that ended in between has removed the file of this name.
-            if path.exists() and os.path.samestat(os.fstat(fd), path.stat()):
-                on_error.pop_all()
-                return file
+    try:
+        fd = open_locked(path, 0, _ALONE)
+    except OSError as error:
+        raise OutputError(
+            f"cannot keep the routing record {path}: {error.strerror}; expected a folder that "
+            "can be written to: choose another --record-routing"
+        ) from error
+    return os.fdopen(fd, "r+b", buffering=1 << 16)
 
 
 def _line(value: Mapping[str, object]) -> bytes:
