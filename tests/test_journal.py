@@ -20,7 +20,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dovetail.ir.errors import InputError, OutputError
-from dovetail.journal import JSON, Journal, Record
+from dovetail.journal import Journal
+from dovetail.journal_lines import JSON, Record
 
 RUN: dict[str, JSON] = {"prompts": "ab12", "generation": {"max_new_tokens": 4, "eos": (1, 2)}}
 
@@ -434,7 +435,8 @@ WORKER = textwrap.dedent(
     """
     import os, random, sys
     from pathlib import Path
-    from dovetail.journal import Journal, Record
+    from dovetail.journal import Journal
+    from dovetail.journal_lines import Record
 
     out, total = Path(sys.argv[1]), int(sys.argv[2])
 

@@ -22,60 +22,26 @@ leaves one of them:
 import hashlib
 import json
 import os
-import re
-import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Self
 
 from dovetail.ir.errors import InputError, OutputError
+from dovetail.journal_lines import (
+    JSON,
+    VERSION,
+    Receipt,
+    Record,
+    as_dict,
+    read_lines,
+    record_from,
+    to_line,
+)
 from dovetail.locked_file import open_locked
 
-JSON = None | bool | int | float | str | Sequence["JSON"] | Mapping[str, "JSON"]
-
-_VERSION = 1
 _ALONE = "expected one run per output file: wait for the other run to end, or choose another --out"
-_HEADER_START = b'{"dovetail_journal":'
-# Half surrogates are not UTF-8, and some readers take the others for line ends.
-_NEEDS_ESCAPE = re.compile("[\x7f-\x9f\u2028\u2029\ud800-\udfff]")
-
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """The result of one prompt; the module's docstring gives the meaning of the fields."""
-
-    index: int
-    id: str | int
-    input_tokens: int
-    tokens: tuple[int, ...]
-    text: str
-    finish_reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Receipt:
-    """What a complete output file holds: ``prompts`` lines, ``tokens`` new tokens in all."""
-
-    prompts: int
-    tokens: int
-    bytes: int
-    sha256: str
-
-
-@dataclass(frozen=True, slots=True)
-class _Contents:
-    """A journal as read: ``records_end`` is the offset behind the header and the whole records.
-
-    ``spans`` gives the offset and size of the line of each finished prompt.
-    """
-
-    run: Mapping[str, JSON]
-    overwrite: bool
-    spans: dict[int, tuple[int, int]]
-    receipt: Receipt | None
-    records_end: int
 
 
 class _Done(Mapping[int, Record]):
@@ -86,7 +52,7 @@ class _Done(Mapping[int, Record]):
         self.spans: dict[int, tuple[int, int]] = {}
 
     def __getitem__(self, index: int) -> Record:
-        record = _record_from(json.loads(self.line(index)))
+        record = record_from(json.loads(self.line(index)))
         assert record is not None, index
         return record
 
@@ -170,7 +136,7 @@ class Journal:
         before and as many of them as fitted, and ``done`` says which.
         """
         assert not self.complete, "append to a complete journal"
-        lines = {record.index: _line(_as_dict(record)) for record in records}
+        lines = {record.index: to_line(as_dict(record)) for record in records}
         assert len(lines) == len(records), "an index twice in one append"
         assert self._done.spans.keys().isdisjoint(lines), "an index that is already finished"
         start = self._end
@@ -197,7 +163,7 @@ class Journal:
             if self.out.exists() and not self._overwrite:
                 raise _foreign(self.out)
             # Before the replacement, so that a kill after it leaves an output known as ours.
-            self._write(_line({"receipt": asdict(receipt)}))
+            self._write(to_line({"receipt": asdict(receipt)}))
             os.replace(partial, self.out)
             _sync_folder(self.out.parent)
         except OSError as error:
@@ -227,10 +193,12 @@ class Journal:
         _sync_folder(self.path.parent)
 
     def _header(self) -> bytes:
-        return _line({"dovetail_journal": _VERSION, "run": self._run, "overwrite": self._overwrite})
+        return to_line(
+            {"dovetail_journal": VERSION, "run": self._run, "overwrite": self._overwrite}
+        )
 
     def _resume(self) -> None:
-        contents = _scan(self._fd, self.path)
+        contents = read_lines(self._fd, self.path)
         exists = self.out.exists()
         if not exists and (contents is None or not contents.spans):
             # Nothing finished is lost by starting anew, whatever run the header names.
@@ -311,7 +279,7 @@ class Journal:
         # The output is in place already: where this fails, the long journal says the same.
         with suppress(OSError):
             with partial.open("wb") as file:
-                file.write(self._header() + _line({"receipt": asdict(self.receipt)}))
+                file.write(self._header() + to_line({"receipt": asdict(self.receipt)}))
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(partial, self.path)
@@ -337,96 +305,6 @@ def _check_target(out: Path) -> None:
             f"{out}: found something that is not a plain file; expected no file there: choose "
             "another --out"
         )
-
-
-def _scan(fd: int, path: Path) -> _Contents | None:
-    """Read a journal from its start; None if not even its header was written whole."""
-    with open(fd, "rb", closefd=False) as file:
-        first = file.readline()
-        if not first.endswith(b"\n"):
-            # A header torn by a kill, unless it is another kind of file.
-            if not first.startswith(_HEADER_START[: len(first)]):
-                raise _not_a_journal(path)
-            return None
-        run, overwrite = _header_from(first, path)
-        spans: dict[int, tuple[int, int]] = {}
-        records_end = len(first)
-        for number, line in enumerate(file, start=2):
-            if not line.endswith(b"\n"):
-                break
-            entry = _entry_from(line, path, number)
-            if isinstance(entry, Receipt):
-                return _Contents(run, overwrite, spans, entry, records_end)
-            if entry.index in spans:
-                raise _corrupt(path, number, f"prompt {entry.index} a second time")
-            spans[entry.index] = (records_end, len(line))
-            records_end += len(line)
-    return _Contents(run, overwrite, spans, None, records_end)
-
-
-def _header_from(line: bytes, path: Path) -> tuple[Mapping[str, JSON], bool]:
-    match _loads(line):
-        case {"dovetail_journal": 1, "run": dict(run), "overwrite": bool(overwrite)}:
-            return run, overwrite
-        case {"dovetail_journal": version}:
-            raise InputError(
-                f"{path}: found a journal of version {version}; expected version {_VERSION}: "
-                "continue it with the dovetail that wrote it, choose another --out, or pass "
-                "--restart to run every prompt again"
-            )
-    raise _not_a_journal(path)
-
-
-def _entry_from(line: bytes, path: Path, number: int) -> Record | Receipt:
-    value = _loads(line)
-    match value:
-        case {
-            "receipt": {
-                "prompts": int(prompts),
-                "tokens": int(tokens),
-                "bytes": int(size),
-                "sha256": str(sha256),
-            }
-        }:
-            return Receipt(prompts, tokens, size, sha256)
-    record = _record_from(value)
-    if record is None:
-        raise _corrupt(path, number, reprlib.repr(line.decode(errors="replace").rstrip()))
-    return record
-
-
-def _record_from(value: object) -> Record | None:
-    match value:
-        case {
-            "index": int(index),
-            "id": (str() | int()) as prompt_id,
-            "input_tokens": int(input_tokens),
-            "tokens": list(tokens),
-            "text": str(text),
-            "finish_reason": ("stop" | "length") as reason,
-        } if set(map(type, tokens)) <= {int}:
-            return Record(index, prompt_id, input_tokens, tuple(tokens), text, reason)
-    return None
-
-
-def _loads(line: bytes) -> object:
-    """Return a line's JSON value, or None where it is not JSON."""
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-
-
-def _as_dict(record: Record) -> dict[str, JSON]:
-    # Not asdict, which copies the tokens one by one.
-    return {field.name: getattr(record, field.name) for field in fields(record)}
-
-
-def _line(value: Mapping[str, JSON]) -> bytes:
-    text = json.dumps(value, ensure_ascii=False)
-    if _NEEDS_ESCAPE.search(text):
-        text = json.dumps(value)
-    return text.encode() + b"\n"
 
 
 def _matches(out: Path, receipt: Receipt) -> bool:
@@ -476,19 +354,4 @@ def _changed(out: Path) -> InputError:
         f"{out}: found other contents than this run wrote; expected the complete output as it was: "
         "choose another --out, move the file away to run every prompt again, or pass --restart to "
         "replace it"
-    )
-
-
-def _not_a_journal(path: Path) -> InputError:
-    return InputError(
-        f"{path}: found a file that is not a journal of dovetail; expected none or a journal: "
-        "choose another --out, move the file away, or pass --restart to replace it"
-    )
-
-
-def _corrupt(path: Path, number: int, found: str) -> InputError:
-    return InputError(
-        f"{path}, line {number}: found {found}; expected a finished prompt: delete this line and "
-        "run the same command again (its prompt runs again), or pass --restart to run every prompt "
-        "again"
     )

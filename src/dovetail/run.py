@@ -21,7 +21,8 @@ from dovetail.ir.errors import InputError
 from dovetail.ir.plan import Plan, load_plan
 from dovetail.ir.units import parse_budget
 from dovetail.ir.workload import Workload
-from dovetail.journal import Journal, Record
+from dovetail.journal import Journal
+from dovetail.journal_lines import Record
 from dovetail.planning import Request, plan_apart
 from dovetail.progress import Progress
 from dovetail.prompts import Prompt, PromptSet, read_prompts
