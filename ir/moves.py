@@ -93,8 +93,9 @@ class Reorder:
     """``resident_first``: run a layer's resident experts while its first streamed ones are still
     being read. ``paged``: copy the next layer's weights in pages between the transfers of this
     layer's groups (CGOPipe of MoE-Lightning, arXiv 2411.11217). ``barrier``: all engines wait for
-    each other after every group of a layer, and the next layer's weights are copied beside its
-    first group (FlexGen's zig-zag block schedule, arXiv 2303.06865)."""
+    each other after every group's attention and again after its experts, experts are copied beside
+    the first group's attention and the next layer's other weights beside its experts (FlexGen's
+    zig-zag block schedule, arXiv 2303.06865)."""
 
     role: Literal["experts"]
     order: Literal["resident_first", "paged", "barrier"]

@@ -20,6 +20,7 @@ from dovetail.ir.placement import experts_of
 from dovetail.passes.apply_moves import Layout, apply_moves
 from dovetail.passes.cost import Costs
 from dovetail.passes.gpu.cost import GpuCosts, Shape
+from dovetail.passes.gpu.memory import tier_bytes, unit_sizes
 from dovetail.passes.gpu.predict import GpuPredictor
 from dovetail.passes.loop.body import TICK, Loop, StepWork, loop_body
 from dovetail.passes.loop.builder import Builder
@@ -211,27 +212,63 @@ def test_experts_dealt_by_load_take_no_longer_than_fixed_shares_of_them() -> Non
 
 
 def test_a_barrier_ends_every_group_before_the_next() -> None:
-    """FlexGen: a layer takes, for each batch, the longest of what its stage does; the next layer's
-    weights come beside the first batch, each batch's KV beside the one before."""
+    """FlexGen: a layer takes, for each batch, the longest of what its attention's stage does, and
+    then the same of its experts' stages; the layer's experts come beside the first attention, the
+    next layer's other weights beside the first experts, each batch's KV beside the attention before
+    (the first one's beside the last experts)."""
     knobs = {**ROWS, "accumulate": False, "layers": 2, "barrier": True, "resident": 0}
     loop = gpu_loop(knobs, work=StepWork(Shape(6, 1, 200), None))
     seconds = {op.name: op.duration * TICK for op in loop.problem.ops}
-    groups = [name.removeprefix("kv_in_") for name in seconds if name.startswith("kv_in_")]
-    assert len(groups) == 3
-    weights = sum(t for name, t in seconds.items() if name.startswith("copy_"))
-    total = 0.0
-    for i, group in enumerate(groups):
-        compute = seconds[f"attention_{group}"] + seconds[f"experts_group{i}"]
-        link = seconds[f"kv_in_{groups[(i + 1) % 3]}"] + (weights if i == 0 else 0.0)
-        total += max(compute, link, seconds[f"kv_out_{groups[i - 1]}"])
+    first, second, third = [n.removeprefix("kv_in_") for n in seconds if n.startswith("kv_in_")]
+    experts = sum(t for name, t in seconds.items() if name.startswith("copy_experts"))
+    stages = (
+        (f"attention_{first}", experts + seconds[f"kv_in_{second}"], 0.0),
+        (f"attention_{second}", seconds[f"kv_in_{third}"], seconds[f"kv_out_{first}"]),
+        (f"attention_{third}", 0.0, seconds[f"kv_out_{second}"]),
+        ("experts_group0", seconds["copy_dense"], seconds[f"kv_out_{third}"]),
+        ("experts_group1", 0.0, 0.0),
+        ("experts_group2", seconds[f"kv_in_{first}"], 0.0),
+    )
+    total = sum(max(seconds[name], up, down) for name, up, down in stages)
     assert pace(loop).period == pytest.approx(total, rel=1e-3)
     check_problem(loop.problem)
 
 
-def test_a_barrier_with_one_batch_is_the_longest_of_its_engines() -> None:
+def test_a_barrier_with_one_batch_has_two_stages() -> None:
     knobs = {"seqs": 6, "rows": 6, "kv_hbm": 0, "accumulate": False, "layers": 2, "resident": 0}
     loop = gpu_loop({**knobs, "barrier": True})
-    assert pace(loop).period == pytest.approx(max(loop.loads().values()), rel=1e-3)
+    seconds = {op.name: op.duration * TICK for op in loop.problem.ops}
+    (group,) = [n.removeprefix("kv_in_") for n in seconds if n.startswith("kv_in_")]
+    up = {name: t for name, t in seconds.items() if name.startswith("copy_")}
+    dense = up.pop("copy_dense") + seconds[f"kv_in_{group}"]
+    products = sum(t for name, t in seconds.items() if name.startswith(("gemm", "experts_hbm")))
+    attention = max(seconds[f"attention_{group}"], sum(up.values()))
+    total = attention + max(products, dense, seconds[f"kv_out_{group}"])
+    assert pace(loop).period == pytest.approx(total, rel=1e-3)
+
+
+@pytest.mark.parametrize("gpus", [1, 2, 3])
+def test_a_groups_sequences_are_dealt_out_to_the_gpus(gpus: int) -> None:
+    """``rows`` are those of a group on all GPUs together: so many groups follow each other, and a
+    GPU computes, holds and copies its share of each."""
+    machine = replace(EVEN, accelerator=replace(EVEN.accelerator, count=gpus))
+    costs = GpuCosts(machine, "float32")
+    layout = gpu_layout({"seqs": 12, "rows": 6, "kv_hbm": 0, "chunk": 1}, share=0.3)
+    work = StepWork(Shape(12, 1, 30), None)
+    whole, fine = (loop_body(layout, costs, work, 0, fine=each) for each in (False, True))
+    assert pace(whole).period == pytest.approx(pace(fine).period, rel=1e-3)
+    body = layout.graph.body(0)
+    one = costs.group(body, Shape(6 // gpus, 1, 30))
+    groups = [op for op in fine.problem.ops if op.name.startswith("attention_")]
+    assert len(groups) == 2
+    for op in groups:
+        assert op.duration * TICK == pytest.approx(one.before + one.attention + one.after, abs=TICK)
+    assert body.kv is not None
+    sizes = [n for name, n in fine.sizes.items() if name.startswith("kv_in")]
+    assert sizes == [pytest.approx(body.kv.bytes_per_token * 30 * 6 / gpus)] * 2
+    tokens = layout.dispatch.kv_tokens / layout.dispatch.seqs
+    staged = 2 * (6 / gpus) * tokens * unit_sizes(layout.graph).kv_layer
+    assert tier_bytes(layout, gpus)["hbm"]["kv"] == pytest.approx(staged, rel=0.05)
 
 
 def test_a_barrier_refuses_what_it_cannot_order() -> None:

@@ -381,7 +381,8 @@ class BatchTables:
         kv = self._kv_tokens * self._t.sizes.kv
         in_hbm = kv * way.kv_hbm / 100 / self._t.costs.gpu.count
         if way.kv_hbm + way.cpu < 100:
-            group = way.rows * math.ceil(self._kv_tokens / self._sizes.seqs)
+            rows = math.ceil(way.rows / self._t.costs.gpu.count)
+            group = rows * math.ceil(self._kv_tokens / self._sizes.seqs)
             in_hbm += 2 * group * self._t.sizes.kv_layer
         return {"hbm": int(in_hbm) // KIB, "ram": int(kv * (100 - way.kv_hbm) / 100) // KIB}
 

@@ -76,19 +76,22 @@ def _turns(bundles: Sequence[Bundle], ends: list[list[str]]) -> list[tuple[str, 
 
 
 def _barriers(b: Builder, bundles: Sequence[Bundle], ends: list[list[str]]) -> None:
-    """One stage of a layer for every bundle: nothing of a stage begins before all of the one before
-    has ended. In the first stage the next layer's weights come, in each the next bundle's KV."""
-    count = len(bundles)
+    """Two stages of a layer for every bundle, first the attention of each and then the experts of
+    each, as in FlexGen, whose attention and feed-forward blocks are layers of their own
+    (``sep_layer``): nothing of a stage begins before all of the one before has ended.
+
+    Beside the first bundle's attention the layer's experts come, beside its experts the next
+    layer's other weights, and beside each attention the next bundle's KV."""
+    count = 2 * len(bundles)
     stage = _stages(b, bundles, ends)
     for name, at in stage.items():
         b.stages[name] = at
-    begins = {name for each in bundles for name in (*each.starts, each.kv_in, each.kv_out)}
+    copies = {name for each in bundles for name in (each.kv_in, each.kv_more, each.kv_out)}
+    begins = copies | {name for each in bundles for name in each.starts}
+    begins |= {name for some in ends for name in some}
     begins |= {op.name for op in b.ops if op.engine == "disk" or op.name.startswith("copy_")}
     for number in range(count):
         needs: list[After] = [(name, 0) for name, at in stage.items() if at == number]
-        if number == 0:
-            # What the last bundle leaves to be stored is stored in the next layer's first stage.
-            needs += [(name, 1) for name, at in stage.items() if at == count]
         barrier = b.op(f"barrier{number}", "gpu0", 0.0, needs, "run:other")
         b.stages[barrier] = number
     for name in begins:
@@ -100,7 +103,8 @@ def _barriers(b: Builder, bundles: Sequence[Bundle], ends: list[list[str]]) -> N
 def _stages(b: Builder, bundles: Sequence[Bundle], ends: list[list[str]]) -> dict[str, int]:
     """The stage of every operation: those of a bundle in its own, its KV in the stage before, and
     what it stores in the stage after."""
-    found = {op.name: 0 for op in b.ops}
+    count = len(bundles)
+    found = {op.name: count if op.name.endswith("_dense") else 0 for op in b.ops}
     named = {each.kv_in: i for i, each in enumerate(bundles)}
     named |= {each.kv_out: i for i, each in enumerate(bundles)}
     at = -1
@@ -114,9 +118,11 @@ def _stages(b: Builder, bundles: Sequence[Bundle], ends: list[list[str]]) -> dic
         if op.name in lasts:
             at = -1
     for i, each in enumerate(bundles):
-        found |= dict.fromkeys(ends[i if len(ends) == len(bundles) else 0], i)
+        found |= dict.fromkeys(ends[i if len(ends) == count else 0], count + i)
         if each.kv_in:
-            found[each.kv_in] = (i - 1) % len(bundles)
+            found[each.kv_in] = (i - 1) % (2 * count)
+        if each.kv_more:
+            found[each.kv_more] = i
         if each.kv_out:
             found[each.kv_out] = i + 1
     return found

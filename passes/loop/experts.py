@@ -149,12 +149,11 @@ def _accumulated(
 
 
 def _gemms(b: Builder, seconds: float, copies: list[str], ready: Sequence[After]) -> list[str]:
-    """The products of copied experts, each after its copy; beside a barrier that was a layer
-    ago."""
-    lead, names = int(b.layout.barrier), []
+    """The products of copied experts, each after its copy."""
+    names = []
     for i, copy in enumerate(copies):
-        gemm = b.op(f"gemm{i}", "gpu0", seconds, [*ready, (copy, lead)], "run:experts")
-        b.hold("experts", copy, [gemm], lead)
+        gemm = b.op(f"gemm{i}", "gpu0", seconds, [*ready, (copy, 0)], "run:experts")
+        b.hold("experts", copy, [gemm])
         names.append(gemm)
     return names
 
@@ -163,7 +162,7 @@ def _per_group(
     b: Builder, experts: Experts, parts: Parts, copies: list[str], bundles: Sequence[Bundle]
 ) -> list[str]:
     """Experts of one group after the other, once all weights of the layer are there."""
-    names, lead, gpus = [], int(b.layout.barrier), b.costs.gpu.count
+    names, gpus = [], b.costs.gpu.count
     rows = max(1, min(b.layout.rows, max(bundle.shape.seqs for bundle in bundles)))
     for i, bundle in enumerate(bundles):
         shape = bundle.shape
@@ -175,10 +174,10 @@ def _per_group(
         slowest = b.costs.imbalance(loads_layer(b), experts, tokens)
         seconds = pieces * b.costs.expert_loads(experts, _scaled(on_gpu, slowest / gpus), 1 << 30)
         seconds += _tail_seconds(b, bundles) / len(bundles)
-        needs = [(bundle.last, 0), *((copy, lead) for copy in copies)]
+        needs = [(bundle.last, 0), *((copy, 0) for copy in copies)]
         names.append(b.op(f"experts_group{i}", "gpu0", seconds, needs, "run:experts"))
     for copy in copies:
-        b.hold("experts", copy, [names[-1]], lead)
+        b.hold("experts", copy, [names[-1]])
     return names
 
 

@@ -23,13 +23,15 @@ KV_BUFFERS = 2
 class Bundle:
     """Groups that a body treats as one: the operations that begin them, the first on the GPU, those
     that follow it there up to that after which their tokens are ready, and the copies of their KV
-    ("" for none)."""
+    ("" for none): ``kv_more`` is that of all but the first of several groups that are copied beside
+    each other's attention."""
 
     shape: Shape
     starts: tuple[str, ...]
     follow: tuple[str, ...]
     kv_in: str = ""
     kv_out: str = ""
+    kv_more: str = ""
 
     @property
     def last(self) -> str:
@@ -76,7 +78,7 @@ def _bundled(b: Builder, shape: Shape, rows: int, most: int) -> list[Shape]:
     groups = max(1, math.ceil(shape.seqs / rows))
     most = groups if b.fine else most
     if b.layout.barrier and groups > most:
-        # The next layer's weights are copied beside the first group, which stays by itself.
+        # Weights are copied beside the first group, which stays by itself.
         rest = Shape(shape.seqs - rows, shape.q_len, shape.past)
         return [Shape(rows, shape.q_len, shape.past), *_bundled(b, rest, rest.seqs, 1)]
     bundles = min(groups, most)
@@ -88,20 +90,23 @@ def _bundled(b: Builder, shape: Shape, rows: int, most: int) -> list[Shape]:
 
 
 def bundle(b: Builder, number: int, kind: str, shape: Shape, weights: list[str]) -> Bundle:
-    """The operations of one bundle of groups."""
+    """The operations of one bundle of groups, whose sequences are dealt out to the GPUs."""
     body, gpus = b.layout.graph.body(b.layer), b.costs.gpu.count
     name, lead = f"{kind}{number}", int(b.layout.barrier)
-    # Beside a barrier weights, and the first bundle's KV, are copied a layer ahead.
+    # Beside a barrier these weights, and the first bundle's KV, are copied a layer ahead.
     needs: list[After] = [(op, lead) for op in weights]
     local = Shape(math.ceil(shape.seqs / gpus), shape.q_len, shape.past)
     rows = b.layout.rows if shape.q_len == 1 else b.layout.attn_tokens // shape.q_len
-    per_group = Shape(max(1, min(rows, local.seqs)), local.q_len, local.past)
+    per_group = Shape(max(1, min(math.ceil(rows / gpus), local.seqs)), local.q_len, local.past)
     times = local.seqs / per_group.seqs
     one = b.costs.group(body, per_group)
     kv = body.kv.bytes_per_token if body.kv else 0
-    kv_in = kv_out = ""
+    kv_in = kv_out = kv_more = ""
     if kind == "copied":
-        held = kv * local.seqs * shape.past
+        held: float = kv * local.seqs * shape.past
+        if b.layout.barrier and number and times > 1:
+            kv_more = b.copy(f"kv_more_{name}", "h2d", held - held / times, [], "copy:kv")
+            held /= times
         kv_in = b.copy(f"kv_in_{name}", "h2d", held, [], "copy:kv")
         needs.append((kv_in, lead if number == 0 else 0))
     if kind == "cpu":
@@ -117,7 +122,7 @@ def bundle(b: Builder, number: int, kind: str, shape: Shape, weights: list[str])
     if out and kv:
         nbytes = out * kv * local.seqs * shape.q_len
         kv_out = b.copy(f"kv_out_{name}", "d2h", nbytes, [(last, 0)], "copy:kv")
-    return Bundle(shape, starts, follow, kv_in, kv_out)
+    return Bundle(shape, starts, follow, kv_in, kv_out, kv_more)
 
 
 def _gpu_attention(

@@ -127,7 +127,7 @@ def ladders(setting: GpuSetting) -> dict[str, tuple[int | bool, ...]]:
     )
     return {
         "seqs": tuple(_between(powers(1, prompts))),
-        "rows": (8, 16, 32, 64, 128, 256, 512),
+        "rows": tuple(n * setting.gpus for n in (8, 16, 32, 64, 128, 256, 512)),
         "prefill_tokens": tuple(tokens),
         "kv_hbm": percent,
         "attention_cpu": percent,
@@ -154,7 +154,8 @@ def starts(setting: GpuSetting, policy: GpuPolicy) -> Iterator[Knobs]:
         setting.workload.longest, 8192 // setting.workload.longest * setting.workload.longest
     )
     for seqs in powers(1, setting.workload.prompts):
-        base = {**DEFAULTS, **policy.fixed, "seqs": seqs, "prefill_tokens": prefill}
+        base = {**DEFAULTS, "rows": int(DEFAULTS["rows"]) * setting.gpus, **policy.fixed}
+        base |= {"seqs": seqs, "prefill_tokens": prefill}
         yield base
         if "kv_hbm" in policy.free:
             yield {**base, "kv_hbm": 100}
