@@ -1,42 +1,51 @@
-"""How far the cost model is off for an untuned plan, with and without corrections."""
+"""How far the cost model is off, with and without corrections."""
 
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from dovetail.ir.machine import Machine
+from dovetail.ir.moves import Move
 from dovetail.passes.apply_moves import apply_moves
 from dovetail.passes.cost import Costs
 from dovetail.passes.simulate import Simulator
 from dovetail.runtime import calibrate_host
 from dovetail.tuning.job import TuneJob
+from dovetail.tuning.known import moves_of
 from dovetail.tuning_db.database import Database
+from dovetail.tuning_db.facts import Trial
 from dovetail.tuning_db.trials import Trials
+from dovetail.tuning_db.winners import pooled
+
+Factors = Mapping[str, float]
 
 
-def errors(
-    job: TuneJob,
-    measured: Sequence[float],
-    place: Path,
-    before: Sequence[Mapping[str, float]],
-) -> dict[str, float]:
-    """Measured over predicted seconds of the untuned plan, less 1."""
-    plain = replace(job.untuned.machine, corrections={})
-    own = correction_of(place, job.untuned.graph)
-    machines = {"curves": plain, "own": replace(plain, corrections=own)}
-    if before:
-        names = {name for each in before for name in each}
-        others = {n: statistics.median(e.get(n, 1.0) for e in before) for n in names}
-        machines["others"] = replace(plain, corrections=others)
-    took = statistics.median(measured)
-    return {name: took / _predicted(job, machine) - 1 for name, machine in machines.items()}
+def predicted_untuned(job: TuneJob, corrections: Mapping[str, Factors]) -> dict[str, float]:
+    """Seconds of the untuned plan on the sample, by the name of the corrections."""
+    return {name: _predicted(job, job.untuned.moves, each) for name, each in corrections.items()}
 
 
-def _predicted(job: TuneJob, machine: Machine) -> float:
-    layout = apply_moves(job.graph, job.untuned.moves)
-    found = Simulator(layout, machine, Costs(machine)).predict(job.sample.workload)
-    return found.seconds - found.setup_seconds * (1 - job.share)
+def errors_of_trials(
+    job: TuneJob, rows: Sequence[Trial], corrections: Mapping[str, Factors]
+) -> tuple[dict[str, float], int]:
+    """The median of |measured / predicted - 1| over all schedules that ran, by the name of the
+    corrections, and how many schedules they are."""
+    ran = [trial for trial in pooled(rows) if trial.state == "ok"]
+    found = {}
+    for name, each in corrections.items():
+        off = [
+            abs(statistics.median(trial.samples) / _predicted(job, moves_of(trial), each) - 1)
+            for trial in ran
+        ]
+        found[name] = statistics.median(off)
+    return found, len(ran)
+
+
+def _predicted(job: TuneJob, moves: tuple[Move, ...], corrections: Factors) -> float:
+    machine = replace(job.untuned.machine, corrections=corrections)
+    found = Simulator(apply_moves(job.graph, moves), machine, Costs(machine))
+    prediction = found.predict(job.sample.workload)
+    return prediction.seconds - prediction.setup_seconds * (1 - job.share)
 
 
 def correction_of(place: Path, graph: str) -> dict[str, float]:

@@ -22,10 +22,11 @@ from dovetail.planning import corrected
 from dovetail.runtime import calibrate_host as host
 from dovetail.tuning.clock import Tick
 from dovetail.tuning.correct import MOST, correct, factors
+from dovetail.tuning.gate import CONFIRM, DEFAULT, GATE
+from dovetail.tuning.known import moves_of
 from dovetail.tuning.plan import decide
 from dovetail.tuning.sample import Prompts, sample_of
 from dovetail.tuning.samplers import SAMPLERS, make_sampler, rebuild
-from dovetail.tuning.search import CONFIRM, DEFAULT, GATE, moves_of
 from dovetail.tuning.space import knob_shares, moves_digest, point_of
 from dovetail.tuning_db.database import Database
 from dovetail.tuning_db.facts import Correction, Trial

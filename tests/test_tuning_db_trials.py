@@ -205,7 +205,7 @@ def test_failures_outweigh_samples_and_throttled_ones_do_not_count() -> None:
     assert one.ratios == (*[0.5] * 8, 0.6)
 
 
-@given(st.permutations([trial(n, *[0.9] * 6) for n in range(4)]))
+@given(st.permutations([trial(n, *[0.9] * 7) for n in range(4)]))
 def test_ties_are_broken_alike_in_any_order(trials: list[Trial]) -> None:
     first = winner(trials)
     assert first and first.digest == min(t.digest for t in trials)

@@ -16,8 +16,9 @@ from dovetail.passes.choose import smallest_budget
 from dovetail.passes.policies import module_batch
 from dovetail.passes.policies.common import Setting
 from dovetail.tuning.clock import Clock, Tick
-from dovetail.tuning.measure import Pairs
+from dovetail.tuning.measure import Pairs, Terms
 from dovetail.tuning.rank import Ranker
+from dovetail.tuning.residuals import Residuals
 from dovetail.tuning.samplers import Sampler, make_sampler
 from dovetail.tuning.search import Search
 from dovetail.tuning.space import Space, moves_digest
@@ -99,26 +100,24 @@ class FakeMeasurer:
         self.typical = min(self.typical, found)
         return found
 
-    def pairs(
-        self,
-        moves: Sequence[Move],
-        most: int,
-        worth: float = math.inf,
-        disturbed: float = 1.5,
-        left: Callable[[], float] = lambda: math.inf,
-    ) -> Pairs:
-        """As Measurer does."""
+    @property
+    def wall(self) -> float:
+        """Seconds of a run with all that belongs to it."""
+        return 1.1 * self.typical
+
+    def pairs(self, moves: Sequence[Move], terms: Terms) -> Pairs:
+        """As Measurer does, but nothing is stopped half-way."""
         self.ran.append(moves_digest(moves))
         if why := self.broken(moves):
             self.now += 0.1
             return Pairs(why, [], [], "broken")  # type: ignore[arg-type]
         found = Pairs("ok", [], [], answer=Answer("ok"))
-        for number in range(most):
-            if number and left() < 2.0:
+        for number in range(terms.most):
+            if number and terms.left() < 2.0:
                 break
             found.defaults.append(self.default())
             found.samples.append(self._run(moves))
-            if found.samples[-1] > worth * found.defaults[-1]:
+            if found.ratios[-1] > terms.worth or terms.enough(found.ratios):
                 break
         return found
 
@@ -158,7 +157,7 @@ def search(
     found = Search(
         space(),
         made,
-        Ranker(setting(), WORKLOAD, untuned()),
+        Ranker(setting(), WORKLOAD, untuned(), Residuals(space(), {})),
         measurer,  # type: ignore[arg-type]
         trials,
         tuning.uid,

@@ -13,6 +13,9 @@ from dataclasses import dataclass, replace
 from dovetail.tuning_db.facts import Trial
 
 CONFIDENCE = 0.95
+GATE_CONFIDENCE = 0.98
+"""Of the interval that decides: samples are looked at after every pair, and all looks together are
+to be wrong as rarely as one at 95 % is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,5 +90,6 @@ def ranked(trials: Iterable[Trial]) -> list[Trial]:
 
 def winner(trials: Iterable[Trial]) -> Trial | None:
     """The best candidate by the rule, or None where that is the default."""
-    sure = [trial for trial in ranked(trials) if median_interval(trial.ratios).faster]
+    ranks = ranked(trials)
+    sure = [trial for trial in ranks if median_interval(trial.ratios, GATE_CONFIDENCE).faster]
     return sure[0] if sure else None

@@ -4,7 +4,7 @@ trials in the database."""
 import argparse
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dovetail.capture.captured import Captured
@@ -28,22 +28,44 @@ from dovetail.tuning_db.facts import Key, Protocol, Task
 
 @dataclass(frozen=True, slots=True)
 class TuneJob:
-    """What is tuned: the untuned plan, what candidates run, and where the worker's files are."""
+    """What is tuned: the untuned plan, what candidates run (a ``sample`` of the ``prompts`` that
+    should take ``seconds``), and where the worker's files are. ``described`` says that the plan's
+    machine comes from a file, and so has nothing to be corrected here."""
 
     untuned: Plan
     captured: Captured
     checkpoint: Path
+    prompts: Prompts
     sample: Prompts
-    share: float
+    seconds: float
     key: Key
     scratch: Path
     described: bool = False
-    """Whether the plan's machine comes from a file, and so has nothing to be corrected here."""
 
     @property
     def graph(self) -> TaskGraph:
         """The model's task graph."""
         return self.captured.graph
+
+    @property
+    def share(self) -> float:
+        """The sample's share of the workload."""
+        return self.sample.tokens / self.prompts.tokens
+
+    def predicted(self, workload: Workload) -> float:
+        """Seconds of the untuned plan on a workload by the cost model."""
+        machine = self.untuned.machine
+        return Simulator(self.layout, machine, Costs(machine)).predict(workload).seconds
+
+    def slower(self, by: float) -> "TuneJob":
+        """The job with a sample cut for a machine that takes ``by`` times the predicted seconds."""
+        seqs, seconds = self.layout.dispatch.seqs, self.seconds / by
+        return self.on(sample_of(self.prompts, seqs, seconds, self.predicted))
+
+    def on(self, sample: Prompts) -> "TuneJob":
+        """The job with this sample."""
+        protocol = replace(self.key.protocol, sample=sample.workload)
+        return replace(self, sample=sample, key=replace(self.key, protocol=protocol))
 
     @property
     def layout(self) -> Layout:
@@ -71,18 +93,10 @@ def make_job(
         machine=options.machine,
     )
     plan, captured = plan_apart(request, scratch, note)
-    layout = apply_moves(captured.graph, plan.moves)
-    simulator = Simulator(layout, plan.machine, Costs(plan.machine))
-    sample = sample_of(
-        prompts,
-        layout.dispatch.seqs,
-        run_seconds(time),
-        lambda workload: simulator.predict(workload).seconds,
-    )
-    key = make_key(plan, folder, sample.workload, prompts.source)
-    share = sample.tokens / prompts.tokens
-    described = bool(options.machine)
-    return TuneJob(plan, captured, folder.path, sample, share, key, scratch, described)
+    key = make_key(plan, folder, prompts.workload, prompts.source)
+    described, seconds = bool(options.machine), run_seconds(time)
+    whole = TuneJob(plan, captured, folder.path, prompts, prompts, seconds, key, scratch, described)
+    return whole.slower(1.0)
 
 
 def make_key(plan: Plan, folder: ModelFolder, sample: Workload, source: str) -> Key:

@@ -14,9 +14,17 @@ from dovetail.ir.plan import Candidate, Evidence, Plan
 from dovetail.ir.task_graph import TaskGraph
 from dovetail.passes.apply_moves import apply_moves
 from dovetail.passes.predict import predict, verify_layout
-from dovetail.tuning.search import DEFAULT, GATE, moves_of
+from dovetail.tuning.gate import DEFAULT, FEWEST, GATE
+from dovetail.tuning.known import moves_of
 from dovetail.tuning_db.facts import Key, Trial, Tuning
-from dovetail.tuning_db.winners import Interval, median_interval, pooled, ranked, winner
+from dovetail.tuning_db.winners import (
+    GATE_CONFIDENCE,
+    Interval,
+    median_interval,
+    pooled,
+    ranked,
+    winner,
+)
 
 POLICY = "module_batch"
 """The policy that tuned knobs belong to."""
@@ -27,7 +35,7 @@ def decide(trials: Sequence[Trial]) -> tuple[Trial | None, str]:
     gated = [trial for trial in trials if trial.note == GATE]
     found = winner(gated)
     if found is not None:
-        interval = median_interval(found.ratios)
+        interval = median_interval(found.ratios, GATE_CONFIDENCE)
         return (
             found,
             f"takes {interval.median:.3f} of the untuned plan's time in {_pairs(interval)}",
@@ -44,8 +52,8 @@ def decide(trials: Sequence[Trial]) -> tuple[Trial | None, str]:
     if not best:
         failed = pooled(gated)[0]
         return None, f"the best schedule of the search failed the gate: {failed.state}"
-    interval = median_interval(best[0].ratios)
-    between = "too few to say" if interval.samples < 6 else "which does not exclude 1"
+    interval = median_interval(best[0].ratios, GATE_CONFIDENCE)
+    between = "too few to say" if interval.samples < FEWEST else "which does not exclude 1"
     return None, (
         f"the best schedule took {interval.median:.3f} of the untuned plan's time in "
         f"{_pairs(interval)}, {between}"
@@ -78,7 +86,7 @@ def evidence_of(
     )
     if chosen is None:
         return found
-    interval = median_interval(chosen.ratios)
+    interval = median_interval(chosen.ratios, GATE_CONFIDENCE)
     return replace(
         found,
         ratio=interval.median,
@@ -121,8 +129,8 @@ def summary(plan: Plan) -> str:
     lines = [f"{found.outcome}: {found.reason}"]
     if found.outcome == "tuned":
         lines.append(
-            f"  {found.ratio:.3f} of the untuned time, 95 % interval {found.low:.3f} to "
-            f"{found.high:.3f} ({found.pairs} pairs)"
+            f"  {found.ratio:.3f} of the untuned time, {GATE_CONFIDENCE:.0%} interval "
+            f"{found.low:.3f} to {found.high:.3f} ({found.pairs} pairs)"
         )
         if found.max_error is not None:
             lines.append(f"  outputs checked: logits differ by {found.max_error:.1e} of their size")

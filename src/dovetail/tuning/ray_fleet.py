@@ -40,7 +40,7 @@ def tune_on_ray(options: argparse.Namespace) -> int:
                 path.write_bytes(content)
                 added = merge(database, path)
                 note(f"tuner {number}: {added['trial']} trials merged")
-    options.time, options.ray = f"{seconds * (1 - SEARCH_SHARE)}s", None
+    options.sample_for, options.time = options.time, f"{seconds * (1 - SEARCH_SHARE)}s"
     report(tune_here(options), options.out, as_json=options.json)
     return 0
 

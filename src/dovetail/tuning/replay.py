@@ -18,9 +18,9 @@ from dovetail.passes.predict import least_time, predict
 from dovetail.planning import captured_model, find_machine
 from dovetail.run import ram_budget
 from dovetail.tuning.job import note, task_of
+from dovetail.tuning.known import moves_of
 from dovetail.tuning.plan import POLICY, decide, evidence_of, plan_of, untuned_moves
 from dovetail.tuning.sample import Prompts, read_workload
-from dovetail.tuning.search import moves_of
 from dovetail.tuning.staleness import compare, environment_here
 from dovetail.tuning.tune import report, save
 from dovetail.tuning_db.database import Database

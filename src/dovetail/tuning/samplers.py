@@ -20,13 +20,15 @@ FIT = "fits"
 """The name of the constraint that a schedule stays within the budget."""
 KICK = 3
 """Knobs that a restart of the coordinate descent changes."""
+FURTHER = 6
+"""After so many timed points one more knob may be changed at once."""
 
 
 class Sampler(Protocol):
     """What the tuner asks of a sampler."""
 
     def propose(self, count: int) -> list[dict[str, int]]:
-        """Up to ``count`` points; none when the space is used up."""
+        """Points, ``count`` from samplers that make them up; none when the space is used up."""
         ...
 
     def tell(self, point: Point, ratio: float) -> None:
@@ -47,20 +49,32 @@ class Sampler(Protocol):
 
 
 class OptunaSampler:
-    """An optuna sampler over positions on the ladders.
+    """An optuna sampler over positions on the ladders, near the best point so far.
 
-    An infeasible point is a constraint on a finished trial, never a failed one: told as failures,
-    univariate TPE proposed 84 % invalid points in a trial of ours.
+    Of what the sampler asks for, a few knobs are taken and the others left as they are in the best
+    point, more of them the longer the search goes on: a point that differs from a good plan in
+    everything is slow to time and says little (trust regions: TuRBO, arXiv 1910.01739). An
+    infeasible point is a constraint on a finished trial, never a failed one: told as failures,
+    univariate TPE proposed 84 % invalid points in a trial of ours. With ``generations`` every
+    finished trial is one that the sampler asked for, as an evolutionary one wants it.
     """
 
-    def __init__(self, space: Ladders, sampler: optuna.samplers.BaseSampler) -> None:
-        self._space = space
+    def __init__(
+        self,
+        space: Ladders,
+        sampler: optuna.samplers.BaseSampler,
+        seed: int,
+        *,
+        generations: bool = False,
+    ) -> None:
+        self._space, self._random, self._generations = space, random.Random(seed), generations
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self._study = optuna.create_study(sampler=sampler)
         self._spread: dict[str, BaseDistribution] = {
             name: IntDistribution(0, len(values) - 1) for name, values in space.ladders.items()
         }
-        self._asked: dict[tuple[int, ...], optuna.Trial] = {}
+        self._finished = 0
+        self._best: tuple[float, dict[str, int]] = (1.0, dict(space.base))
         if space.ladders:
             self.tell(space.base, 1.0)
 
@@ -70,56 +84,68 @@ class OptunaSampler:
         for _ in range(count):
             trial = self._study.ask(self._spread)
             values = {name: self._space.ladders[name][at] for name, at in trial.params.items()}
-            self._asked[self._place(values)] = trial
-            found.append(self._space.complete(values))
+            # What is timed is another point: this one is forgotten.
+            self._study.tell(trial, state=TrialState.FAIL)
+            found.append(self._near_best(values))
         return found
+
+    def _near_best(self, values: Point) -> dict[str, int]:
+        best = self._best[1]
+        apart = sorted(name for name, value in values.items() if best[name] != value)
+        reach = min(len(apart), self._random.randint(1, 1 + self._finished // FURTHER))
+        return {**best, **{name: values[name] for name in self._random.sample(apart, reach)}}
 
     def tell(self, point: Point, ratio: float) -> None:
         """A finished trial."""
-        self._end(point, ratio, TrialState.COMPLETE, over=0.0)
+        self._finished += 1
+        if ratio < self._best[0]:
+            self._best = (ratio, self._space.complete(point))
+        self._end(point, ratio, over=0.0)
 
     def tell_over(self, point: Point, over: float) -> None:
         """A finished trial that breaks the constraint; its value counts for nothing."""
-        self._end(point, 10.0, TrialState.COMPLETE, over=over)
+        self._end(point, 10.0, over=over)
 
     def tell_skipped(self, point: Point, predicted: float) -> None:
-        """A pruned trial."""
-        self._end(point, predicted, TrialState.PRUNED, over=0.0)
-
-    def tell_later(self, point: Point, predicted: float) -> None:
-        """A pruned trial too: what it learns from is the prediction."""
-        self._end(point, predicted, TrialState.PRUNED, over=0.0)
-
-    def _place(self, point: Point) -> tuple[int, ...]:
-        return tuple(values.index(point[name]) for name, values in self._space.ladders.items())
-
-    def _end(self, point: Point, value: float, state: TrialState, over: float) -> None:
-        place = self._place(point)
-        asked = self._asked.pop(place, None)
-        if asked is not None:
-            asked.set_constraint(FIT, over)
-            if state is TrialState.PRUNED:
-                asked.report(value, 0)
-                self._study.tell(asked, state=state)
-            else:
-                self._study.tell(asked, value)
-            return
-        pruned = state is TrialState.PRUNED
+        """A pruned trial: what it learns from is the prediction."""
         self._study.add_trial(
             optuna.trial.create_trial(
-                state=state,
-                value=None if pruned else value,
-                params=dict(zip(self._space.ladders, place, strict=True)),
+                state=TrialState.PRUNED,
+                params=self._params(point),
                 distributions=self._spread,
-                intermediate_values={0: value} if pruned else None,
+                intermediate_values={0: predicted},
+                constraints={FIT: 0.0},
+            )
+        )
+
+    def tell_later(self, point: Point, predicted: float) -> None:
+        """It may be asked for again."""
+
+    def _params(self, point: Point) -> dict[str, int]:
+        return {name: values.index(point[name]) for name, values in self._space.ladders.items()}
+
+    def _end(self, point: Point, value: float, over: float) -> None:
+        if self._generations:
+            self._study.enqueue_trial(self._params(point))
+            asked = self._study.ask(self._spread)
+            asked.set_constraint(FIT, over)
+            self._study.tell(asked, value)
+            return
+        self._study.add_trial(
+            optuna.trial.create_trial(
+                state=TrialState.COMPLETE,
+                value=value,
+                params=self._params(point),
+                distributions=self._spread,
                 constraints={FIT: over},
             )
         )
 
 
 class CoordinateDescent:
-    """Coordinate descent with restarts: all points one value away from the best so far; once none
-    of them is better, again from the best with KICK knobs set at random."""
+    """Coordinate descent with restarts: all points one value away from the best so far, of which
+    the cost model takes the most hopeful; once none of them is better, again from the best with
+    KICK knobs set at random."""
 
     def __init__(self, space: Ladders, seed: int) -> None:
         self._space, self._random = space, random.Random(seed)
@@ -129,7 +155,8 @@ class CoordinateDescent:
         self._told[self._place(space.base)] = 1.0
 
     def propose(self, count: int) -> list[dict[str, int]]:
-        """Neighbours of the place where it stands that were not told of."""
+        """All neighbours of the place where it stands that were not told of: were only some
+        proposed, the knobs that come last would hardly ever be tried."""
         for _ in range(20):
             fresh = [
                 point
@@ -139,7 +166,7 @@ class CoordinateDescent:
             if self._place(self._here) not in self._told:
                 fresh.insert(0, dict(self._here))
             if fresh:
-                return fresh[:count]
+                return fresh
             self._here = self._kicked()
         return []
 
@@ -186,11 +213,11 @@ def make_sampler(name: str, space: Ladders, seed: int) -> Sampler:
                 multivariate=True, group=True, seed=seed
             )
         elif name == "nsga2":
-            made = optuna.samplers.NSGAIISampler(population_size=16, seed=seed)
+            made = optuna.samplers.NSGAIISampler(population_size=8, seed=seed)
         else:
             assert name == "random", name
             made = optuna.samplers.RandomSampler(seed=seed)
-    return OptunaSampler(space, made)
+    return OptunaSampler(space, made, seed, generations=name == "nsga2")
 
 
 SAMPLERS: Mapping[str, str] = {

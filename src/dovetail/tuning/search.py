@@ -6,38 +6,52 @@ earlier call or of another tuner at work on the same file, are taken as if just 
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Literal
 
 from dovetail.ir import codec
-from dovetail.ir.moves import Move
 from dovetail.tuning.clock import Clock, Tick
-from dovetail.tuning.measure import Measurer, Pairs
+from dovetail.tuning.correct import Work, factors
+from dovetail.tuning.gate import (
+    CONFIRM,
+    DEFAULT,
+    FEWEST,
+    FINALISTS,
+    GATE,
+    MOST_PAIRS,
+    SEARCH,
+    decided,
+    finalists,
+    passed,
+)
+from dovetail.tuning.known import Known, moves_of, point_of_trial, ratio_of, told_of
+from dovetail.tuning.measure import Measurer, Pairs, Terms
 from dovetail.tuning.rank import Candidate, Ranker
 from dovetail.tuning.samplers import Sampler, rebuild
-from dovetail.tuning.space import Space, moves_digest
+from dovetail.tuning.space import Built, Space, moves_digest
 from dovetail.tuning_db.facts import Key, Stop, Trial
 from dovetail.tuning_db.trials import Trials
 from dovetail.tuning_db.winners import pooled
 
-BATCH = 12
+BATCH = 8
 """Points that are ranked to time one."""
-RULED_OUT = 1.3
-"""A candidate predicted to take this many times the best predicted of those timed is not timed."""
+RULED_OUT = 1.15
+"""A candidate that takes this many times the best so far, at the best that prediction and residuals
+leave to be hoped for, is not timed."""
 WORTH = 1.08
 """A second pair is for candidates within this factor of the best so far."""
-PATIENCE = 30
+STOPPED = 1.4
+"""The ratio that one is taken to have that was stopped half-way."""
+PATIENCE = 40
 """Timed candidates without a better one after which the search has converged."""
-GATE_SHARE, GATE_PAIRS, MOST_PAIRS = 0.3, 8, 20
-"""The share of the budget kept for the gate, the pairs it aims for and the most it takes. Six are
-the fewest that can show anything with 95 % confidence."""
-FINALISTS = 3
-DEFAULT, SEARCH, CONFIRM, GATE = "default", "", "confirm", "gate"
-"""What a trial's note says of why it was made, if nothing else is to be said."""
+GATE_SHARE, GATE_PAIRS = 0.3, 10
+"""The share of the budget kept for the gate, and the pairs it is kept for."""
 
 
 class Search:
-    """One tuning at work; ``show`` is called after every stored trial."""
+    """One tuning at work; ``show`` is called after every stored trial. ``work`` has the seconds by
+    class of all schedules that ran."""
 
     def __init__(
         self,
@@ -55,26 +69,24 @@ class Search:
         self._measurer, self._trials, self._tuning = measurer, trials, tuning
         self.key, self.clock, self._show = key, clock, show
         self._number = 0
-        self._known: dict[str, Trial] = {}
-        self._rows: list[Trial] = []
-        self._place = 0
-        self._over: set[str] = set()
+        self._known = Known(trials, key)
+        self._built: dict[str, Built] = {}
         self.timed = self.ruled_out = 0
         self._since_best = 0
-        self._predicted_best = 1.0
-        self.answers: list[Pairs] = []
+        self.work: list[Work] = []
 
     @property
     def best(self) -> float:
         """The lowest median ratio so far, 1 for the default's."""
-        return min((r for t in self._known.values() if (r := _ratio(t)) is not None), default=1.0)
+        return self._known.best
 
     def resume(self) -> int:
         """Take over the rows that are there; returns how many."""
-        self._learn()
-        told = [(t.knobs, _told(t)) for t in pooled(self._rows) if t.note != DEFAULT]
+        self._known.read()
+        told = [(t.knobs, told_of(t)) for t in pooled(self._known.rows) if t.note != DEFAULT]
         rebuild(self._sampler, self._space, told)
-        return len(self._rows)
+        self._hold_against_model()
+        return len(self._known.rows)
 
     def seed(self, points: Sequence[dict[str, int]]) -> None:
         """Time these points first: what was best elsewhere."""
@@ -95,100 +107,126 @@ class Search:
                 if candidates is None:
                     return "space"
                 if candidates:
-                    ordered = self._ranker.order(candidates, self._space.base)
+                    ordered = self._ranker.order(candidates)
                     for later in ordered[1:]:
                         self._sampler.tell_later(later.point, self._ranker.rough(later))
                     self._time(ordered[0])
         return "budget"
 
     def gate(self) -> None:
-        """Time the best few again, in fresh pairs, until the budget is spent: they decide."""
-        rows = self._trials.of(self.key)
-        ran = [t for t in pooled(rows) if t.state == "ok" and t.note != DEFAULT and t.ratios]
-        ran = [t for t in ran if statistics.median(t.ratios) < 1.0]
-        ran.sort(key=lambda t: (statistics.median(t.ratios), t.digest))
-        finalists = ran[:FINALISTS]
-        while len(finalists) > 1 and self._has_time(GATE_PAIRS + 2 * len(finalists)):
-            again = sorted((self._again(t, 2, CONFIRM), t.digest, t) for t in finalists)
-            finalists = [trial for _, _, trial in again[: (len(again) + 1) // 2]]
-        for trial in finalists[:1]:
+        """Time the best few again, in fresh pairs, until one is faster beyond doubt or the budget
+        is spent: these pairs decide."""
+        left = finalists(self._known.rows)
+        while len(left) > 1 and self._has_time(GATE_PAIRS + 2 * len(left)):
+            again = sorted((self._again(t, 2, CONFIRM), t.digest, t) for t in left)
+            left = [trial for _, _, trial in again[: (len(again) + 1) // 2]]
+        # One that turns out to be no better leaves the rest of the time to the next.
+        for number, trial in enumerate(finalists(self._known.rows)):
+            if number and (passed(self._known.rows) or not self._has_time(FEWEST)):
+                return
             fits = int(self.clock.left / max(self._pair_seconds(), 1e-9))
-            self._again(trial, max(GATE_PAIRS, min(MOST_PAIRS, fits)), GATE)
+            self._again(trial, max(FEWEST, min(MOST_PAIRS, fits)), GATE)
 
     def _proposed(self) -> list[Candidate] | None:
         """New candidates of the sampler that fit; None if it has no more points."""
         points = self._sampler.propose(BATCH)
         if not points:
             return None
-        self._learn()
+        self._known.read()
         found = {c.digest: c for p in points if (c := self._candidate(p)) is not None}
         kept = []
         for candidate in found.values():
-            rough = self._ranker.rough(candidate)
-            if rough > RULED_OUT * self._predicted_best:
+            if self._ranker.hoped(candidate) > RULED_OUT * self.best:
                 self.ruled_out += 1
-                self._sampler.tell_skipped(candidate.point, rough)
+                self._sampler.tell_skipped(candidate.point, self._ranker.rough(candidate))
             else:
                 kept.append(candidate)
         return kept
 
     def _candidate(self, point: dict[str, int]) -> Candidate | None:
         """The point's candidate, or None if it does not fit or was timed: the sampler is told."""
-        built = self._space.build(point)
+        name = codec.digest(point)
+        if name not in self._built:
+            self._built[name] = self._space.build(point)
+        built = self._built[name]
         if not built.moves:
             self._store_over(point, built.over, built.why)
             self._sampler.tell_over(point, built.over)
             return None
         digest = moves_digest(built.moves)
-        known = self._known.get(digest)
+        known = self._known.by_digest.get(digest)
         if known is not None:
-            ratio = _told(known)
-            if ratio == math.inf:
-                self._sampler.tell_over(point, 1.0)
-            else:
-                self._sampler.tell(point, ratio)
+            self._tell(point, known)
             return None
         return Candidate(point, built.moves, digest)
 
+    def _tell(self, point: Mapping[str, int], trial: Trial) -> None:
+        ratio = told_of(trial)
+        if ratio == math.inf:
+            self._sampler.tell_over(point, 1.0)
+        else:
+            self._sampler.tell(point, ratio)
+
     def _store_over(self, point: dict[str, int], over: float, why: str) -> None:
         name = codec.digest(point)
-        if name not in self._over:
-            self._over.add(name)
+        if name not in self._known.over:
+            self._known.over.add(name)
             self._add(Trial(self._number, {"point": point}, point, "invalid", note=why))
 
     def _time(self, candidate: Candidate) -> None:
         best = self.best
-        pairs = self._measurer.pairs(candidate.moves, 2, worth=best * WORTH)
-        trial = self._store(candidate, pairs, SEARCH)
-        ratio = _ratio(trial)
+        done = self._ranker.done(candidate.moves, candidate.digest)
+        terms = Terms(2, worth=best * WORTH, shared=True, done=done)
+        trial = self._store(candidate, self._measurer.pairs(candidate.moves, terms), SEARCH)
+        ratio = ratio_of(trial)
         if trial.state == "throttled":
             self._sampler.tell_later(candidate.point, self._ranker.rough(candidate))
             return
         if ratio is not None and ratio < best:
             # A lucky sample would steer all that follows: the best is looked at twice.
-            more = self._measurer.pairs(candidate.moves, 2, worth=best * WORTH)
+            more = self._measurer.pairs(candidate.moves, Terms(2, worth=best * WORTH))
             self._store(candidate, more, CONFIRM)
-        told = _told(self._known[candidate.digest])
-        if told == math.inf:
-            self._sampler.tell_over(candidate.point, 1.0)
-        else:
-            self._sampler.tell(candidate.point, told)
+        self._tell(candidate.point, self._known.by_digest[candidate.digest])
         self.timed += 1
         self._since_best = 0 if self.best < best else self._since_best + 1
-        self._predicted_best = min(self._predicted_best, self._ranker.rough(candidate))
+        self._hold_against_model()
+
+    def correct(self, work: Work) -> None:
+        """Predict from now on with what the default's measured seconds say of each class of work:
+        once, before anything is stored, so that all predictions of a call are alike."""
+        self.work.append(work)
+        self._ranker.correct(factors([work])[0])
+        self._measurer.default_done = self._ranker.done(self._ranker.untuned)
+
+    def _hold_against_model(self) -> None:
+        """Let measured ratios correct the predictions of what is still to be ranked."""
+        default = self._known.default
+        if default is None or not default.predicted_seconds:
+            return
+        seen = []
+        for trial in self._known.by_digest.values():
+            ratio = STOPPED if trial.state == "timeout" else ratio_of(trial)
+            point = self._space.complete(point_of_trial(trial))
+            if ratio is None or not trial.predicted_seconds or not self._space.holds(point):
+                continue
+            seen.append((point, ratio * default.predicted_seconds / trial.predicted_seconds))
+        self._ranker.residuals.learn(seen)
 
     def _again(self, trial: Trial, pairs: int, why: str) -> float:
         """More pairs of a trial's candidate; their median ratio, infinite if it failed."""
         moves = moves_of(trial)
         # A median of many pairs stands a disturbed one, and the gate is not held twice.
-        found = self._measurer.pairs(moves, pairs, disturbed=math.inf, left=lambda: self.clock.left)
-        candidate = Candidate({k: int(v) for k, v in trial.knobs.items()}, moves, trial.digest)
+        terms = Terms(pairs, disturbed=math.inf, left=lambda: self.clock.left)
+        if why == GATE:
+            terms = replace(terms, enough=decided)
+        found = self._measurer.pairs(moves, terms)
+        candidate = Candidate(point_of_trial(trial), moves, moves_digest(moves))
         stored = self._store(candidate, found, why)
         return statistics.median(stored.ratios) if stored.state == "ok" else math.inf
 
     def _store(self, candidate: Candidate, pairs: Pairs, why: str) -> Trial:
-        if pairs.answer is not None:
-            self.answers.append(pairs)
+        if pairs.answer is not None and pairs.answer.work:
+            self.work.append(pairs.answer.work)
         trial = Trial(
             self._number,
             {"moves": [codec.encode(move) for move in candidate.moves]},
@@ -206,26 +244,23 @@ class Search:
     def _add(self, trial: Trial) -> None:
         self._trials.add(self._tuning, self.key, trial)
         self._number += 1
-        self._learn()
+        self._known.read()
         if trial.state != "invalid":
             self._show(self._tick(trial))
 
     def store_default(self, samples: Sequence[float]) -> None:
         """Store the default, trial 0 of every key."""
+        if self._known.default is not None:
+            return
         moves = [codec.encode(move) for move in self._ranker.untuned]
         seconds = self._ranker.seconds(self._ranker.untuned)
-        base = dict(self._space.base)
-        known = any(trial.note == DEFAULT for trial in self._known.values())
-        if not known:
-            timed = tuple(samples)
-            self._add(
-                Trial(
-                    self._number, {"moves": moves}, base, "ok", timed, timed, seconds, 0.0, DEFAULT
-                )
-            )
+        base, timed = dict(self._space.base), tuple(samples)
+        self._add(
+            Trial(self._number, {"moves": moves}, base, "ok", timed, timed, seconds, 0.0, DEFAULT)
+        )
 
     def _tick(self, trial: Trial) -> Tick:
-        ratio = _ratio(trial)
+        ratio = ratio_of(trial)
         changed = {k: v for k, v in trial.knobs.items() if self._space.base.get(k) != v}
         knobs = ", ".join(f"{name} {value}" for name, value in changed.items()) or "as planned"
         took = trial.state if ratio is None else f"{ratio:.3f} of the untuned time"
@@ -234,20 +269,8 @@ class Search:
         number = trial.number
         return Tick(number, self.timed, self.ruled_out, self.best, self.clock.spent, text, phase)
 
-    def _learn(self) -> None:
-        """Read the rows that are new: another tuner may be at work on the same file."""
-        for place, trial in self._trials.since(self.key, self._place):
-            self._place = place
-            self._rows.append(trial)
-            if "moves" not in trial.parameters:
-                self._over.add(codec.digest(trial.knobs))
-            elif trial.state != "throttled":
-                name = codec.digest(trial.parameters["moves"])
-                same = [self._known[name]] if name in self._known else []
-                (self._known[name],) = pooled([*same, trial])
-
     def _pair_seconds(self) -> float:
-        return 2.2 * min(self._measurer.typical, self.clock.budget)
+        return 2 * min(self._measurer.wall, self.clock.budget)
 
     def _nothing_to_gate(self) -> float:
         return 0.0 if self.best >= 1.0 else math.inf
@@ -258,23 +281,6 @@ class Search:
     def _reserve(self) -> float:
         """Seconds that the gate will need; while nothing is faster, no more than the fewest."""
         if self.best >= 1.0:
-            return min((GATE_PAIRS - 1) * self._pair_seconds(), 0.5 * self.clock.budget)
+            return min((FEWEST + 1) * self._pair_seconds(), 0.5 * self.clock.budget)
         gate = (GATE_PAIRS + 3 * FINALISTS) * self._pair_seconds()
         return min(max(GATE_SHARE * self.clock.budget, gate), 0.6 * self.clock.budget)
-
-
-def moves_of(trial: Trial) -> tuple[Move, ...]:
-    """The moves that a trial timed."""
-    return codec.decode(trial.parameters["moves"], tuple[Move, ...])
-
-
-def _ratio(trial: Trial) -> float | None:
-    if trial.state != "ok" or not trial.ratios:
-        return None
-    return statistics.median(trial.ratios)
-
-
-def _told(trial: Trial) -> float:
-    """What a sampler is told of a trial: its ratio, infinite for one that failed."""
-    ratio = _ratio(trial)
-    return math.inf if ratio is None else ratio

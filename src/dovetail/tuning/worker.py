@@ -60,11 +60,14 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """A request: run these moves. After ``limit`` seconds it is stopped. A ``reference`` run is
-    what outputs are compared with; ``explain`` asks for the cost model's figures too."""
+    """A request: run these moves. After ``limit`` seconds it is stopped, and after step i of the
+    workload where ``deadlines[i]`` seconds have passed since the first began. A ``reference`` run
+    is what outputs are compared with, and reads the prompts anew; ``explain`` asks for the cost
+    model's figures too."""
 
     moves: tuple[Move, ...]
     limit: float = 0.0
+    deadlines: tuple[float, ...] = ()
     reference: bool = False
     explain: bool = False
 
@@ -73,7 +76,8 @@ class Ask:
 class Answer:
     """What a candidate took. ``classes`` has busy seconds as the recorder names them; ``work`` the
     measured ones and those predicted, without corrections, by the classes that corrections are
-    kept by; ``skew`` is the busiest expert's load over the mean."""
+    kept by; ``steps`` the seconds from the first step's beginning to the end of each; ``skew`` is
+    the busiest expert's load over the mean. One that was stopped has the ``steps`` that it made."""
 
     state: State
     note: str = ""
@@ -84,6 +88,7 @@ class Answer:
     error: float | None = None
     classes: Mapping[str, float] = field(default_factory=dict)
     work: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    steps: tuple[float, ...] = ()
     skew: float = 0.0
 
 
@@ -139,16 +144,21 @@ class Worker:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._job = codec.decode(json.loads((folder / JOB_FILE).read_text()), Job)
         self._plan = load_plan(folder / PLAN_FILE)
         self._captured = load_captured(folder)
-        self._model = ModelFolder.open(Path(self._job.checkpoint))
-        numbers = zip(self._job.prompts, self._job.new_tokens, strict=True)
         self._reference_bytes = 0
+        self._read_job()
+        self._model = ModelFolder.open(Path(self._job.checkpoint))
+
+    def _read_job(self) -> None:
+        self._job = codec.decode(json.loads((self._folder / JOB_FILE).read_text()), Job)
+        numbers = zip(self._job.prompts, self._job.new_tokens, strict=True)
         self._requests = [Request(i, len(ids), new) for i, (ids, new) in enumerate(numbers)]
 
     def run(self, ask: Ask) -> Answer:
         """Run a candidate; failures that are its own are answers, all others are raised."""
+        if ask.reference:
+            self._read_job()
         plan = replace(self._plan, moves=ask.moves)
         try:
             return self._timed(plan, ask)
@@ -173,16 +183,19 @@ class Worker:
         )
         execution.observe(probe)
         ids = self._job.prompts
-        stopped = False
+        ends: list[float] = []
+        stopped = ""
         begin = time.perf_counter()
         with execution:
+            first = time.perf_counter()
             for _ in execution.steps(self._requests, ids.__getitem__):
-                if ask.limit and time.perf_counter() - begin > ask.limit:
-                    stopped = True
+                ends.append(time.perf_counter() - first)
+                stopped = _hopeless(ask, ends, time.perf_counter() - begin)
+                if stopped:
                     break
         measured = execution.measured
         if stopped:
-            return Answer("timeout", f"stopped after {ask.limit:.3g} s, twice the default's time")
+            return Answer("timeout", stopped, steps=tuple(ends))
         answer = Answer(
             "ok",
             setup_seconds=measured.setup_seconds,
@@ -190,6 +203,7 @@ class Worker:
             rss_bytes=measured.rss_bytes,
             tokens=measured.tokens,
             classes=measured.classes,
+            steps=tuple(ends),
             skew=counter.skew,
         )
         if ask.explain:
@@ -216,6 +230,15 @@ class Worker:
             note = f"held {held}, the budget or the untuned plan {budget}"
             return replace(answer, state="out_of_memory", note=note)
         return answer
+
+
+def _hopeless(ask: Ask, ends: Sequence[float], seconds: float) -> str:
+    """Why a run is not worth its end; empty if it is."""
+    if ask.limit and seconds > ask.limit:
+        return f"stopped after {ask.limit:.3g} s"
+    if len(ends) < len(ask.deadlines) and ends[-1] > ask.deadlines[len(ends) - 1]:
+        return f"stopped after {len(ends)} of {len(ask.deadlines)} steps: too slow to be the best"
+    return ""
 
 
 def work_of(
