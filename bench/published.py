@@ -2,9 +2,9 @@
 
     python bench/published.py --out bench/results/published.json
 
-Nothing is fitted: machines are the described ones, the policy is the paper's, and its knobs are
-chosen by our search. ``decode`` cells compare decode steps alone, ``all`` cells count prefill too,
-as the source does.
+Nothing is fitted: machines are the described ones, the policy is the paper's, and so are its batch
+sizes where the source prints them; other knobs are chosen by our search. ``decode`` cells compare
+decode steps alone, ``all`` cells count prefill too, as the source does.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from dovetail.ir.errors import DovetailError
-from dovetail.ir.machine import Machine
+from dovetail.ir.machine import Curve, Machine
 from dovetail.ir.plan import Plan
 from dovetail.ir.task_graph import TaskGraph
 from dovetail.ir.workload import Workload
@@ -34,14 +34,20 @@ CONFIGS = Path(__file__).parent / "configs"
 PROMPTS = 4096
 """Prompts of a cell whose source does not say how many."""
 MOST_TOKENS = 1 << 15
-"""Prompt tokens of a step at most where a source prints its groups."""
+"""Prompt tokens of a step at most where a source prints its groups: as many groups of prompts as
+that pass a layer while its weights are there."""
+MTBENCH = (
+    "MoE-Lightning, MTBench table and artefact (arXiv 2411.11217, github.com/caoshiyi/artifacts)"
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
     """One published figure: tokens/s of ``system`` as ``policy``; ``counts`` what it is measured
-    over (decode or all). ``batch`` is the sequences of a group and the number of groups where the
-    source prints them: then they are not searched."""
+    over (decode or all). ``batch`` is the sequences of a group and the number of groups, ``flying``
+    all sequences together where the last groups were not full, and ``printed`` other knobs, where
+    the source prints them: then they are not searched. What is not ``pinned`` is copied within ram
+    before it goes to the GPU."""
 
     source: str
     system: str
@@ -53,24 +59,65 @@ class Cell:
     counts: str
     published: float
     batch: tuple[int, int] | None = None
+    flying: int = 0
+    printed: tuple[tuple[str, int], ...] = ()
+    pinned: bool = True
 
 
 def cells() -> Iterator[Cell]:
     """The figures, with where they were printed."""
+    yield from _mtbench()
+    yield from _helm()
+    yield from _moe_gen()
+
+
+def _mtbench() -> Iterator[Cell]:
+    """Prompts have 77 tokens on the mean and 418 at most: FlexGen, DeepSpeed and MoE-Lightning(p)
+    pad to that.
+
+    From the artefact: FlexGen's batches (scripts in benchmarks/flexgen, which run it with
+    ``pin_weight=False``), the sequences of MoE-Lightning's recorded runs (benchmarks/mtbench:
+    seconds x tokens/s over new tokens), and its groups, which its planner
+    (fastmoe/backend/optimizer.py) gives for as many sequences."""
     lengths = (32, 64, 128, 256)
-    moe_lightning = {
+    figures: dict[tuple[str, str, str, int], tuple[float, ...]] = {
         ("t4-192gb", "MoE-Lightning", "cgopipe", 77): (63.0, 101.3, 97.7, 96.9),
         ("l4-192gb", "MoE-Lightning", "cgopipe", 77): (203.0, 294.5, 217.5, 167.9),
-        # FlexGen and DeepSpeed pad every prompt to the longest, which has 418 tokens.
+        ("t4-192gb", "MoE-Lightning(p)", "cgopipe", 418): (15.6, 24.0, 30.1, 33.9),
+        ("l4-192gb", "MoE-Lightning(p)", "cgopipe", 418): (53.7, 67.4, 79.0, 78.6),
         ("t4-192gb", "FlexGen", "zigzag", 418): (12.1, 12.3, 9.5, 9.6),
         ("l4-192gb", "FlexGen", "zigzag", 418): (29.2, 34.9, 37.2, 28.8),
         ("t4-192gb", "DeepSpeed", "model_batch", 418): (7.1, 7.6, 7.8, 6.7),
         ("l4-192gb", "DeepSpeed", "model_batch", 418): (12.7, 13.3, 12.1, 11.8),
     }
-    for (machine, system, policy, prompt), figures in moe_lightning.items():
-        for new, figure in zip(lengths, figures, strict=True):
-            source = "MoE-Lightning, MTBench table and artefact (arXiv 2411.11217)"
-            yield Cell(source, system, policy, machine, "Mixtral-8x7B", prompt, new, "all", figure)
+    flying: dict[tuple[str, str], tuple[int, ...]] = {
+        ("t4-192gb", "MoE-Lightning"): (3097, 3097, 2296, 1485),
+        ("l4-192gb", "MoE-Lightning"): (4494, 3616, 2608, 1560),
+    }
+    batches: dict[tuple[str, str], tuple[tuple[int, int], ...]] = {
+        ("t4-192gb", "MoE-Lightning"): ((164, 19), (164, 19), (164, 14), (100, 15)),
+        ("l4-192gb", "MoE-Lightning"): ((324, 14), (228, 16), (164, 16), (164, 10)),
+        ("t4-192gb", "MoE-Lightning(p)"): ((36, 14), (36, 14), (36, 14), (36, 14)),
+        ("l4-192gb", "MoE-Lightning(p)"): ((68, 16), (68, 15), (68, 13), (68, 11)),
+        ("t4-192gb", "FlexGen"): ((32, 40), (16, 78), (8, 139), (8, 113)),
+        ("l4-192gb", "FlexGen"): ((64, 21), (64, 20), (64, 18), (32, 30)),
+    }
+    for (machine, system, policy, prompt), row in figures.items():
+        seqs, groups = flying.get((machine, system)), batches.get((machine, system))
+        for i, new in enumerate(lengths):
+            cell = Cell(
+                MTBENCH, system, policy, machine, "Mixtral-8x7B", prompt, new, "all", row[i]
+            )
+            yield replace(
+                cell,
+                batch=groups[i] if groups else None,
+                flying=seqs[i] if seqs else 0,
+                pinned=system != "FlexGen",
+            )
+
+
+def _helm() -> Iterator[Cell]:
+    """All three pad; batch sizes are in the paper's table."""
     helm = {
         ("t4-192gb", 256, 50): ((22.7, 32, 61), (26.3, 36, 26), (11.8, 102, 1)),
         ("l4-192gb", 256, 50): ((50.1, 64, 33), (105.3, 100, 15), (18.6, 156, 1)),
@@ -82,7 +129,11 @@ def cells() -> Iterator[Cell]:
         for (system, policy), (figure, group, groups) in zip(padded, found, strict=True):
             source = "MoE-Lightning, HELM table with batch sizes (arXiv 2411.11217)"
             cell = Cell(source, system, policy, machine, "Mixtral-8x7B", prompt, new, "all", figure)
-            yield replace(cell, batch=(group, groups))
+            yield replace(cell, batch=(group, groups), pinned=system != "FlexGen")
+
+
+def _moe_gen() -> Iterator[Cell]:
+    """Of the batch sizes, the paper prints those of one of its own plans."""
     moe_gen = {
         "Mixtral-8x7B": (27, 33, 89, 469),
         "Mixtral-8x22B": (4, 5, 9, 91),
@@ -94,10 +145,13 @@ def cells() -> Iterator[Cell]:
         ("MoE-Lightning*", "cgopipe"),
         ("MoE-Gen", "module_batch"),
     )
+    plan = (("seqs", 3640), ("rows", 75), ("expert_rows", 150), ("attention_cpu", 60))
     for model, figures in moe_gen.items():
         for (system, policy), figure in zip(systems, figures, strict=True):
             source = "MoE-Gen, table 6 (arXiv 2503.09716)"
-            yield Cell(source, system, policy, "a5000-512gb", model, 512, 256, "decode", figure)
+            cell = Cell(source, system, policy, "a5000-512gb", model, 512, 256, "decode", figure)
+            own = model == "Mixtral-8x7B" and system == "MoE-Gen"
+            yield replace(cell, printed=plan if own else ())
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,11 +167,10 @@ class Row:
 
 def row(cell: Cell, graph: TaskGraph, machine: Machine) -> Row:
     """Predict a cell's own policy and ``auto``."""
-    prompts = 4 * math.prod(cell.batch) if cell.batch else PROMPTS
-    workload = Workload(((cell.prompt, prompts),), cell.new)
+    workload = Workload(((cell.prompt, _prompts(cell)),), cell.new)
     budget = {name: machine.tiers[name] for name in ("hbm", "ram")}
     begin = time.perf_counter()
-    own = _planned(graph, machine, budget, workload, cell.policy, _knobs(cell))
+    own = _own(cell, graph, machine, budget, workload)
     best = _planned(graph, machine, budget, workload, "auto")
     return Row(
         cell,
@@ -128,14 +181,48 @@ def row(cell: Cell, graph: TaskGraph, machine: Machine) -> Row:
     )
 
 
-def _knobs(cell: Cell) -> Knobs | None:
-    """The policy's knobs with the batch sizes that the source prints."""
-    if cell.batch is None:
-        return None
-    rows, groups = cell.batch
-    fixed = {**DEFAULTS, **GPU_POLICIES[cell.policy].fixed, "seqs": rows * groups, "rows": rows}
-    tokens = rows * cell.prompt
-    return {**fixed, "attn_tokens": tokens, "prefill_tokens": min(tokens, MOST_TOKENS)}
+def _prompts(cell: Cell) -> int:
+    """As many as are in flight, where that is printed: such runs are one batch."""
+    if cell.batch:
+        return cell.flying or math.prod(cell.batch)
+    return dict(cell.printed).get("seqs", PROMPTS)
+
+
+def _own(
+    cell: Cell, graph: TaskGraph, machine: Machine, budget: dict[str, int], workload: Workload
+) -> Plan | None:
+    """The cell's own policy with what its source prints."""
+    if not cell.pinned:
+        machine = _relayed(machine)
+    printed = list(_printed(cell))
+    if not printed:
+        return _planned(graph, machine, budget, workload, cell.policy)
+    made = [_planned(graph, machine, budget, workload, cell.policy, knobs) for knobs in printed]
+    return min((p for p in made if p), key=lambda p: p.prediction.seconds, default=None)
+
+
+def _relayed(machine: Machine) -> Machine:
+    """The machine as pageable memory sees it: what goes to the GPU is copied into pinned memory
+    first, on the thread that then starts the copy (FlexGen's ``general_copy``, pytorch_backend.py),
+    so both take their time, one after the other. All cores copy, at the rate of memory."""
+    gpu, memory = machine.accelerator, machine.workers * machine.memory_bandwidth
+    assert gpu is not None
+    rates = tuple(1 / (1 / rate + 2 / memory) for rate in gpu.h2d.y)
+    return replace(machine, accelerator=replace(gpu, h2d=Curve(gpu.h2d.x, rates)))
+
+
+def _printed(cell: Cell) -> Iterator[Knobs]:
+    """The policy's knobs with what the source prints; as many groups of prompts a step as may be,
+    and fewer."""
+    fixed = {**DEFAULTS, **GPU_POLICIES[cell.policy].fixed, **dict(cell.printed)}
+    if not cell.batch and not cell.printed:
+        return
+    if cell.batch:
+        fixed |= {"seqs": _prompts(cell), "rows": cell.batch[0]}
+    tokens = int(fixed["rows"]) * cell.prompt
+    for groups in (max(1, MOST_TOKENS // tokens), 1):
+        prefill = min(tokens * groups, MOST_TOKENS)
+        yield {**fixed, "attn_tokens": tokens, "prefill_tokens": prefill}
 
 
 def _planned(
@@ -177,9 +264,10 @@ def table(rows: list[Row]) -> str:
         c = r.cell
         ratio = r.predicted / c.published if r.predicted else None
         ratios += [ratio] if ratio else []
-        given += [ratio] if ratio and c.batch else []
+        given += [ratio] if ratio and (c.batch or c.printed) else []
         figures = [f"{c.published:g}", _text(r.predicted), _text(ratio), _text(r.auto)]
         batch = f" in {c.batch[1]} x {c.batch[0]}" if c.batch else ""
+        batch = f" in {_prompts(c)}" if c.printed else batch
         head = [c.model, c.machine, f"{c.prompt}+{c.new}{batch} ({c.counts})", c.system, c.policy]
         lines.append("| " + " | ".join([*head, *figures, r.auto_policy]) + " |")
     if ratios:
