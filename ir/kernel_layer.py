@@ -1,18 +1,17 @@
 """The kernels of one mixture-of-experts layer: what the layer is, and what was chosen for it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
+from dovetail.ir import codec
+from dovetail.ir.kernel_parts import Activation, Dtype, Place, Weights
 from dovetail.ir.kernel_spec import (
     ActivateSpec,
-    Activation,
-    Dtype,
     GemmSpec,
     KernelSpec,
     ReduceSpec,
     RouteSpec,
     SortSpec,
-    Weights,
 )
 
 
@@ -22,7 +21,9 @@ class LayerSpec:
 
     ``inter`` is the width between an expert's two matrices, ``shared`` that of the shared expert
     (0: none), ``shared_gate`` whether a logit per token scales it (Qwen2-MoE). ``up`` and ``down``
-    say how the experts' matrices are stored; the shared expert's are plain, in the same order.
+    say how the experts' matrices are stored, ``up_place`` and ``down_place`` where, if not stacked
+    in one tensor each; the shared expert's are plain, in the same order. ``route`` is None where
+    routing is computed elsewhere.
     """
 
     name: str
@@ -30,7 +31,7 @@ class LayerSpec:
     hidden: int
     inter: int
     top_k: int
-    route: RouteSpec
+    route: RouteSpec | None
     x: Dtype = "bf16"
     up: Weights = field(default_factory=Weights)
     down: Weights = field(default_factory=Weights)
@@ -38,6 +39,8 @@ class LayerSpec:
     bias: bool = False
     shared: int = 0
     shared_gate: bool = False
+    up_place: Place | None = field(default=None, metadata=codec.LATER)
+    down_place: Place | None = field(default=None, metadata=codec.LATER)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +49,7 @@ class LayerKernels:
 
     arch: str
     bucket: tuple[int, int]
-    route: RouteSpec
+    route: RouteSpec | None
     sort: SortSpec
     up: GemmSpec
     activate: ActivateSpec | None
@@ -69,6 +72,26 @@ class LayerKernels:
         ):
             if spec is not None:
                 yield spec
+
+
+@dataclass(frozen=True, slots=True)
+class KernelRung:
+    """The kernels for token counts of ``bucket`` (first, last): files of a plan's references by
+    what they do (sort, up, down, reduce)."""
+
+    bucket: tuple[int, int]
+    files: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class KernelLadder:
+    """Which of a plan's kernels run ``layer``, the experts of the task graph's ``bodies``, on one
+    GPU of ``arch``; rungs rise, and a batch takes the first that holds its tokens."""
+
+    layer: LayerSpec
+    bodies: tuple[str, ...]
+    arch: str
+    rungs: tuple[KernelRung, ...]
 
 
 @dataclass(frozen=True, slots=True)

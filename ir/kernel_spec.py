@@ -11,76 +11,7 @@ from typing import Literal
 
 from dovetail.ir import codec
 from dovetail.ir.errors import InputError
-
-Dtype = Literal["bf16", "fp16", "fp32"]
-DTYPE_BYTES: dict[str, int] = {"bf16": 2, "fp16": 2, "fp32": 4}
-WeightFormat = Literal["plain", "fp8", "int8", "int4"]
-
-
-@dataclass(frozen=True, slots=True)
-class Tile:
-    """How one GPU program covers a grouped GEMM: ``m`` slots × ``n`` outputs, ``k`` at a time.
-
-    ``group`` row tiles run side by side to share weight tiles in L2; ``split_k`` programs share the
-    k axis of one tile and leave partial sums; ``warps`` and ``stages`` are the compiler's options.
-    """
-
-    m: int
-    n: int
-    k: int
-    warps: int = 4
-    stages: int = 3
-    group: int = 8
-    split_k: int = 1
-
-    def __post_init__(self) -> None:
-        for name in ("m", "n", "k", "warps"):
-            value = getattr(self, name)
-            if value < 1 or value & (value - 1):
-                raise InputError(f"tile {name}={value}: expected a power of two")
-        if min(self.stages, self.group, self.split_k) < 1:
-            raise InputError(f"{self}: stages, group and split_k must be at least 1")
-
-
-@dataclass(frozen=True, slots=True)
-class Weights:
-    """How the experts' matrices lie in memory.
-
-    ``order`` "nk" is [experts, outputs, inputs] (transformers' modules), "kn" [experts, inputs,
-    outputs] (gpt-oss). ``plain`` weights have the activations' dtype. The others are decoded on
-    load: fp8 is e4m3 as bytes, int8 symmetric, int4 two to a byte, offset by 8: the low half of
-    byte j holds input j, the high half input j + inputs/2. Scales are float32, one per output
-    (``scale_k`` = 0) or one per ``scale_k`` inputs and ``scale_n`` outputs.
-    """
-
-    format: WeightFormat = "plain"
-    order: Literal["nk", "kn"] = "nk"
-    scale_k: int = 0
-    scale_n: int = 1
-
-    @property
-    def per_byte(self) -> int:
-        """Weights that share one stored element: 2 for int4."""
-        return 2 if self.format == "int4" else 1
-
-    def bits(self, dtype: Dtype) -> int:
-        """Bits that one weight takes in memory."""
-        return {"plain": 8 * DTYPE_BYTES[dtype], "int4": 4}.get(self.format, 8)
-
-
-@dataclass(frozen=True, slots=True)
-class Activation:
-    """A gated activation h = f(gate) · up over two outputs of one GEMM.
-
-    ``swiglu``: silu(gate)·up. ``geglu``: gelu(gate)·up, exact; ``geglu_tanh`` with tanh.
-    ``clamped``: gate ≤ limit, |up| ≤ limit, gate·sigmoid(alpha·gate)·(up + 1) (gpt-oss).
-    ``pairs`` says where gate and up lie among the outputs: in two halves, or interleaved.
-    """
-
-    function: Literal["swiglu", "geglu", "geglu_tanh", "clamped"] = "swiglu"
-    pairs: Literal["halves", "interleaved"] = "halves"
-    alpha: float = 1.702
-    limit: float = 7.0
+from dovetail.ir.kernel_parts import Activation, Dtype, Place, Tile, Weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,17 +42,29 @@ class GemmSpec:
     loads: Literal["pointer", "tma"] = "pointer"
     out: Dtype = "bf16"
     bucket: tuple[int, int] = (1, 1 << 20)
+    place: Place | None = field(default=None, metadata=codec.LATER)
+    """Where experts lie that are not stacked in one tensor."""
+
+    @property
+    def gated(self) -> bool:
+        """Whether pairs of outputs become one."""
+        return self.activation is not None and self.activation.gated
 
     @property
     def outputs(self) -> int:
         """Rows of one expert's matrix: 2·n under a gated activation."""
-        return 2 * self.n if self.activation else self.n
+        return 2 * self.n if self.gated else self.n
 
     @property
     def tile_rows(self) -> int:
         """Rows of W that one load brings: interleaved pairs are loaded together."""
-        interleaved = self.activation is not None and self.activation.pairs == "interleaved"
-        return 2 * self.tile.n if interleaved else self.tile.n
+        return 2 * self.tile.n if self.interleaved else self.tile.n
+
+    @property
+    def interleaved(self) -> bool:
+        """Whether the outputs of a pair are neighbours."""
+        act = self.activation
+        return act is not None and act.gated and act.pairs == "interleaved"
 
     @property
     def k_steps(self) -> int:
@@ -129,6 +72,7 @@ class GemmSpec:
         return self.k // self.weights.per_byte
 
     def __post_init__(self) -> None:
+        _check_name(self.name)
         for found, problem in (
             (self.k % self.weights.per_byte, "int4 needs an even k"),
             (
@@ -155,6 +99,8 @@ class GemmSpec:
                 "dense rows are one expert's, stored in order",
             ),
             (self.loads == "tma" and self.weights.order != "nk", "tma loads need order nk"),
+            (self.loads == "tma" and self.place, "tma loads need experts stacked in one tensor"),
+            *_misplaced(self),
             (self.loads == "tma" and self.k_steps % 16, "tma loads need rows of whole 16 bytes"),
             (
                 self.experts * self.outputs >= 1 << 31 or self.outputs * self.k >= 1 << 31,
@@ -163,6 +109,26 @@ class GemmSpec:
         ):
             if found:
                 raise InputError(f"kernel {self.name}: {problem} ({self.k=}, {self.tile})")
+
+
+def _check_name(name: str) -> None:
+    """A spec's name becomes that of a function and of a file, and specs come from plan files."""
+    if not (name.isidentifier() and name.isascii()):
+        raise InputError(f"kernel name {name!r}: expected letters, digits and underscores")
+
+
+def _misplaced(spec: GemmSpec) -> tuple[tuple[bool, str], ...]:
+    """What is wrong with where the spec says that experts lie."""
+    if spec.place is None:
+        return ()
+    apart = len(spec.place.matrices)
+    return (
+        (spec.rows == "dense", "dense rows have one stacked expert"),
+        (spec.weights.format != "plain", "experts at addresses of their own have plain weights"),
+        (apart != 1 and not (apart == 2 and spec.gated), "one matrix, or gate's and up's"),
+        (apart == 2 and spec.interleaved, "gate and up apart are not interleaved"),
+        (len(spec.place.biases) != (apart if spec.bias else 0), "a bias for each matrix, or none"),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,6 +157,7 @@ class RouteSpec:
     warps: int = 4
 
     def __post_init__(self) -> None:
+        _check_name(self.name)
         kept = self.experts // self.groups * self.top_groups
         if self.experts % self.groups or not self.top_k <= kept or self.top_groups > self.groups:
             raise InputError(
@@ -214,6 +181,9 @@ class SortSpec:
     one_launch: bool = True
     warps: int = 4
 
+    def __post_init__(self) -> None:
+        _check_name(self.name)
+
 
 @dataclass(frozen=True, slots=True)
 class ActivateSpec:
@@ -226,6 +196,14 @@ class ActivateSpec:
     out: Dtype = "bf16"
     block: int = 512
     warps: int = 4
+
+    def __post_init__(self) -> None:
+        _check_name(self.name)
+        if not self.activation.gated:
+            raise InputError(
+                f"kernel {self.name}: {self.activation.function} has no gate; sums of a split k "
+                "axis are activated in pairs"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,6 +224,9 @@ class ReduceSpec:
     out: Dtype = "bf16"
     block: int = 1024
     warps: int = 4
+
+    def __post_init__(self) -> None:
+        _check_name(self.name)
 
 
 KernelSpec = RouteSpec | SortSpec | GemmSpec | ActivateSpec | ReduceSpec

@@ -52,7 +52,9 @@ class Accelerator:
     ``hbm_bandwidth`` is what reading weights and KV reaches; ``op_seconds`` the launch of a kernel.
     ``h2d`` and ``d2h`` are bytes/s between pinned host memory and one GPU by block;
     ``peer_bandwidth`` is bytes/s between two GPUs, one way (0: no link). The
-    tier ``hbm`` holds one GPU's memory.
+    tier ``hbm`` holds one GPU's memory. ``arch`` is what compilers call the GPU's architecture
+    (``sm_90``, ``gfx942``), "" where it is not said, ``processors`` its multiprocessors (0: as many
+    as the usual part of the architecture has).
     """
 
     name: str
@@ -64,6 +66,8 @@ class Accelerator:
     h2d: Curve
     d2h: Curve
     peer_bandwidth: float = 0.0
+    arch: str = field(default="", metadata=LATER)
+    processors: int = field(default=0, metadata=LATER)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from dovetail.ir import codec
-from dovetail.ir.kernel_layer import KernelReference
+from dovetail.ir.kernel_layer import KernelLadder, KernelReference
 from dovetail.ir.machine import Machine
 from dovetail.ir.moves import Move
 from dovetail.ir.record_file import fields, load_record, write_whole
@@ -95,7 +95,7 @@ class Evidence:
     """What `dovetail tune` found of a plan. ``outcome`` is ``tuned`` where the schedule beat the
     untuned one, ``untuned`` where none did and the plan is the untuned one, ``simulated`` where
     nothing was run. ``ratio`` is its time over the untuned plan's, the median of ``pairs`` runs of
-    ``sample`` in turn, between ``low`` and ``high`` with 95 % confidence."""
+    ``sample`` in turn, between ``low`` and ``high`` with 98 % confidence."""
 
     outcome: Literal["tuned", "untuned", "simulated"]
     reason: str
@@ -143,6 +143,10 @@ class Plan:
     tuning: Evidence | None = field(default=None, metadata=codec.LATER)
     kernels: tuple[KernelReference, ...] = field(default=(), metadata=codec.LATER)
     """GPU kernels that the plan's executor runs, with their sources beside the plan."""
+    ladders: tuple[KernelLadder, ...] = field(default=(), metadata=codec.LATER)
+    """Which of the kernels run which experts, for how many tokens."""
+    no_kernels: str = field(default="", metadata=codec.LATER)
+    """Why experts of a GPU plan have no kernels: they run as torch's products."""
 
     def digest(self) -> str:
         """Hex sha256 over all fields: same inputs, same plan, same digest."""

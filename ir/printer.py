@@ -4,6 +4,7 @@ import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from dovetail.ir.expr import DIMS, Expr
+from dovetail.ir.kernel_text import kernel_lines
 from dovetail.ir.moves import Move, Place
 from dovetail.ir.notation import instruction_text, move_text, ranges, table
 from dovetail.ir.plan import Candidate, Certificate, Plan
@@ -208,7 +209,7 @@ def print_plan(plan: Plan) -> str:
     lines += ["", "moves"]
     lines += [part for move in plan.moves for part in _wrap(f"  {move_text(move)}", " " * 6)]
     lines += ["", *_prediction_lines(plan), "", *_bound_lines(plan)]
-    lines += _certificate_lines(plan)
+    lines += [*_certificate_lines(plan), *kernel_lines(plan)]
     return "\n".join([*lines, "", *_candidate_lines(plan)])
 
 

@@ -10,7 +10,8 @@ from dovetail.codegen.kernels.emit import emit_kernel, file_name
 from dovetail.ir import codec
 from dovetail.ir.errors import InputError
 from dovetail.ir.kernel_layer import KernelReference
-from dovetail.ir.kernel_spec import RouteSpec, Tile, Weights, spec_digest
+from dovetail.ir.kernel_parts import Tile, Weights
+from dovetail.ir.kernel_spec import RouteSpec, spec_digest
 
 GOLDEN = (
     "route groups by two best",

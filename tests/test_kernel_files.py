@@ -12,7 +12,7 @@ from dovetail.codegen.gate.compile import triton_version
 from dovetail.codegen.kernels.arch import ARCHS
 from dovetail.codegen.kernels.choose import choose_layer
 from dovetail.ir.errors import InputError, PlanError
-from dovetail.ir.kernel_spec import Activation, Weights
+from dovetail.ir.kernel_parts import Activation, Weights
 from dovetail.kernels.files import MANIFEST, check_kernels, write_kernels
 from dovetail.kernels.layers import layer_of_config
 

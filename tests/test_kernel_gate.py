@@ -19,7 +19,8 @@ from dovetail.codegen.kernels.choose import LADDER, choose_ladder, variants
 from dovetail.codegen.kernels.cost import predicted_seconds, refusal
 from dovetail.codegen.kernels.emit import emit_kernel, file_name, load_source
 from dovetail.codegen.kernels.launch_bounds import most_tiles
-from dovetail.ir.kernel_spec import GemmSpec, Tile
+from dovetail.ir.kernel_parts import Tile
+from dovetail.ir.kernel_spec import GemmSpec
 
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton is not installed"

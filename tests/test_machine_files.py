@@ -1,6 +1,7 @@
 """Machine files: the shipped ones are usable, and what is not a machine is refused by name."""
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,8 @@ def figures(machine: Machine) -> Iterator[str]:
         yield from (f"accelerator.{name}" for name in GPU_FIGURES)
         if machine.accelerator.peer_bandwidth:
             yield "accelerator.peer_bandwidth"
+        if machine.accelerator.processors:
+            yield "accelerator.processors"
 
 
 @pytest.mark.parametrize("name", shipped_machines())
@@ -54,6 +57,14 @@ def test_shipped_machines_name_the_source_of_each_figure(name: str) -> None:
     assert {"bfloat16", "float32"} <= set(machine.gemm)
     assert set(machine.gemm) == set(machine.attention) == set(machine.kv_bandwidth)
     assert {"cpu|cpu", "cpu|disk", "disk|cpu", "op|op"} <= set(machine.slowdown)
+
+
+@pytest.mark.parametrize("name", WITH_GPU)
+def test_shipped_machines_name_the_architecture_of_their_gpu(name: str) -> None:
+    gpu = load_machine(name).accelerator
+    assert gpu is not None
+    assert re.fullmatch(r"sm_\d+|gfx\w+", gpu.arch)
+    assert gpu.processors > 0
 
 
 def test_shipped_machines_are_those_that_were_described() -> None:

@@ -195,7 +195,7 @@ def test_check_of_a_sound_plan(place: Place, capsys: pytest.CaptureFixture[str])
     assert main(["plan", "check", str(place.plan)]) == 0
     lines = capsys.readouterr().out.splitlines()
     found = [line.split()[:2] for line in lines]
-    names = ("file", "graph", "moves", "program", "memory", "bound", "certificates")
+    names = "file", "graph", "moves", "program", "memory", "bound", "certificates", "kernels"
     assert found == [["ok", name] for name in names]
 
 

@@ -19,7 +19,7 @@ from dovetail.codegen.kernels.choose import choose_ladder
 from dovetail.codegen.kernels.layer import LayerRunner, LayerWeights
 from dovetail.codegen.kernels.quantise import TORCH_DTYPES
 from dovetail.ir.kernel_layer import LayerSpec
-from dovetail.ir.kernel_spec import DTYPE_BYTES
+from dovetail.ir.kernel_parts import DTYPE_BYTES
 
 BATCHES = 8
 """Different batches in one timed graph: their experts differ, so weights come from memory."""
@@ -87,6 +87,7 @@ def make_batches(layer: LayerSpec, tokens: int, weights: LayerWeights, device: s
         torch.manual_seed(seed)
         x = torch.randn(tokens, layer.hidden, device=device).to(TORCH_DTYPES[layer.x])
         logits = torch.randn(tokens, layer.experts, device=device)
+        assert layer.route is not None
         ids, routed = route(layer.route, logits.double(), weights.route_bias)
         gate = torch.randn(tokens, device=device) if layer.shared_gate else None
         found.append(Batch(x, logits, ids.int(), routed.float(), gate))

@@ -67,6 +67,7 @@ class Bench:
         if not self.dry:
             return layer
         experts, top_k = min(layer.experts, 4), min(layer.top_k, 2)
+        assert layer.route is not None
         route = dataclasses.replace(layer.route, experts=experts, top_k=top_k)
         return dataclasses.replace(
             layer, experts=experts, top_k=top_k, route=route, hidden=256, inter=128,

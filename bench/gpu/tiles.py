@@ -25,7 +25,8 @@ from dovetail.codegen.kernels.quantise import TORCH_DTYPES
 from dovetail.codegen.kernels.routing import power_of_two
 from dovetail.ir.errors import InputError
 from dovetail.ir.kernel_layer import LayerSpec
-from dovetail.ir.kernel_spec import GemmSpec, SortSpec, Tile
+from dovetail.ir.kernel_parts import Tile
+from dovetail.ir.kernel_spec import GemmSpec, SortSpec
 
 
 @dataclass(frozen=True, slots=True)

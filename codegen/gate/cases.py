@@ -4,16 +4,14 @@ import dataclasses
 from typing import Any
 
 from dovetail.ir.kernel_layer import LayerSpec
+from dovetail.ir.kernel_parts import Activation, Place, Tile, Weights
 from dovetail.ir.kernel_spec import (
     ActivateSpec,
-    Activation,
     GemmSpec,
     KernelSpec,
     ReduceSpec,
     RouteSpec,
     SortSpec,
-    Tile,
-    Weights,
 )
 
 GPT_OSS = Activation("clamped", "interleaved", limit=0.75)  # low enough to be met
@@ -79,6 +77,28 @@ KERNELS: dict[str, KernelSpec] = {
     "down fp8 TMA": down(weights=Weights("fp8"), loads="tma", n=64),
     "down split k": down(tile=SPLIT, out="fp32", bias=True, swap_ab=True),
     "down add": down(store="add", out="fp32"),
+    "up placed, apart": up(place=Place((0, 48 * 64 + 8))),
+    "up placed, one matrix": up(place=Place((16,)), bias=False, swap_ab=True),
+    "up placed gpt-oss": up(
+        activation=GPT_OSS, weights=Weights(order="kn"), bias=True, place=Place((8,), (9000,))
+    ),
+    "up placed, apart, kn, biases": up(
+        weights=Weights(order="kn"),
+        bias=True,
+        place=Place((0, 3200), (6400, 6448)),
+        x="fp32",
+        out="fp32",
+    ),
+    "down placed": down(place=Place((3072,))),
+    "down placed, split k, bias": down(
+        tile=SPLIT, out="fp32", bias=True, place=Place((48,), (0,)), x="fp16"
+    ),
+    "up relu2": up(activation=Activation("relu2")),
+    "up relu": up(activation=Activation("relu"), bias=True),
+    "up silu": up(activation=Activation("silu"), swap_ab=True),
+    "up gelu": up(activation=Activation("gelu"), place=Place((0,))),
+    "up gelu tanh": up(activation=Activation("gelu_tanh")),
+    "up reglu": up(activation=Activation("reglu")),
     "shared up": up(name="shared_up", **DENSE),
     "shared down": down(name="shared_down", store="row", routed_weight=False, **DENSE),
     "reduce": ReduceSpec("moe_reduce", 5, 48, 2),
@@ -105,5 +125,17 @@ LAYERS: dict[str, LayerSpec] = {
     "qwen2-moe-like int8": LayerSpec(
         "d", 6, 128, 128, 2, RouteSpec("moe_route", 6, 2), "fp16",
         Weights("int8"), Weights("int4", scale_k=32), shared=64, shared_gate=True,
+    ),
+    "slots, gate and up apart": LayerSpec(
+        "e", 6, 96, 64, 2, None, "bf16", up_place=Place((0, 96 * 64)),
+        down_place=Place((2 * 96 * 64,)),
+    ),
+    "slots, gpt-oss-like": LayerSpec(
+        "f", 4, 96, 96, 2, None, "fp16", Weights(order="kn"), Weights(order="kn"), GPT_OSS, True,
+        up_place=Place((0,), (2 * 96 * 96,)), down_place=Place((19008,), (28224,)),
+    ),
+    "slots, no gate": LayerSpec(
+        "g", 5, 64, 96, 3, None, "fp32", down=Weights(order="kn"), activation=Activation("relu2"),
+        up_place=Place((6144,)), down_place=Place((0,)),
     ),
 }  # fmt: skip

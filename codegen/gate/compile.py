@@ -46,6 +46,7 @@ def signature_of(spec: KernelSpec, names: list[str]) -> dict[str, str]:
             block = f"[{spec.tile_rows}, {spec.tile.k}]"
             types |= {"x_ptr": f"*{spec.x}", "w_ptr": f"*{stored}", "y_ptr": f"*{spec.out}"}
             types |= {"w_desc": f"tensordesc<{stored}{block}>", "bias_ptr": f"*{spec.x}"}
+            types |= {"expert_at_ptr": "*i64"}
         case ReduceSpec():
             part = "fp32" if spec.split_k > 1 else spec.x
             types |= {"part_ptr": f"*{part}", "shared_ptr": f"*{spec.x}", "y_ptr": f"*{spec.out}"}
@@ -84,12 +85,10 @@ def _compile(function: Any, module: ModuleType, spec: KernelSpec, arch: Arch) ->
         for index, name in enumerate(signature)
         if name.endswith("_ptr")
     }
-    # Multiply and add in one instruction, as on the device; compilers differ in the default.
-    options = dict(module.OPTIONS) | {"enable_fp_fusion": True}
     built = triton.compile(
         ASTSource(function, signature, constexprs={}, attrs=aligned),
         target=GPUTarget(arch.backend, arch.target, arch.lanes),
-        options=options,
+        options=dict(module.OPTIONS),
     )
     shared, name = built.metadata.shared, function.__name__
     scratch = int(getattr(built.metadata, "global_scratch_size", 0) or 0)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dovetail.codegen.gate import reference
+from dovetail.codegen.gate.placed import placed_weights
 from dovetail.codegen.kernels.emit import emit_kernel, file_name, load_source
 from dovetail.codegen.kernels.launch import grid_of, launch, weight_descriptor
 from dovetail.codegen.kernels.launch_bounds import SORT_PART, most_tiles, sort_parts
@@ -109,6 +110,7 @@ def _check_gemm(module: ModuleType, spec: GemmSpec, case: Case, device: str) -> 
     x = torch.randn(rows, spec.k).to(dtype).to(device)
     matrix = (torch.randn(spec.experts, spec.outputs, spec.k) / spec.k**0.5).to(dtype).to(device)
     stored, scales = pack(matrix, spec.weights)
+    absent: list[int] = []
     bias = torch.randn(spec.experts, spec.outputs).to(dtype).to(device) if spec.bias else None
     routed = torch.rand(slots).to(device)
     out_rows = {"row": rows if spec.rows == "dense" else most, "slot": slots, "add": case.tokens}
@@ -123,13 +125,18 @@ def _check_gemm(module: ModuleType, spec: GemmSpec, case: Case, device: str) -> 
     }  # fmt: skip
     if spec.loads == "tma":
         values["w_desc"] = weight_descriptor(stored, spec)
+    if spec.place:
+        pool, values["expert_at_ptr"], absent = placed_weights(spec, matrix, bias)
+        values["pool"] = pool  # keeps it alive
     launch(module, spec, grid_of(spec, case.tokens), values)
-    at = [row for row, slot in enumerate(order) if slot < slots]
+    run = [slot < slots and int(ids[slot]) not in absent for slot in order]
+    at = [row for row, there in enumerate(run) if there]
     of = [order[row] for row in at]
     tokens = [slot // spec.top_k for slot in of]
     source = {"gather": tokens, "sorted": at, "dense": at}[spec.rows]
     owner = torch.zeros(len(of), dtype=torch.long) if spec.rows == "dense" else ids[of].long()
-    w = unpack(stored, scales, spec.weights)
+    plain = spec.weights.format == "plain"
+    w = matrix.double() if plain else unpack(stored, scales, spec.weights)
     expected = reference.gemm(spec, x[source].double(), w, bias, owner.to(device))
     if spec.routed_weight:
         expected = expected * routed[of].double()[:, None]

@@ -5,11 +5,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dovetail.ir.kernel_spec import ActivateSpec, Activation, GemmSpec, ReduceSpec, RouteSpec
+from dovetail.ir.kernel_parts import Activation
+from dovetail.ir.kernel_spec import ActivateSpec, GemmSpec, ReduceSpec, RouteSpec
 
 
 def activate(act: Activation, outputs: Tensor) -> Tensor:
-    """A gated activation of [rows, 2n] float64 outputs: [rows, n]."""
+    """A gated activation of [rows, 2n] float64 outputs, or one without a gate of [rows, n]: [rows,
+    n]."""
+    if not act.gated:
+        return _PLAIN[act.function](outputs)
     if act.pairs == "interleaved":
         gate, up = outputs[:, 0::2], outputs[:, 1::2]
     else:
@@ -18,9 +22,19 @@ def activate(act: Activation, outputs: Tensor) -> Tensor:
         "swiglu": lambda g, u: torch.nn.functional.silu(g) * u,
         "geglu": lambda g, u: torch.nn.functional.gelu(g) * u,
         "geglu_tanh": lambda g, u: torch.nn.functional.gelu(g, approximate="tanh") * u,
+        "reglu": lambda g, u: g.relu() * u,
         "clamped": lambda g, u: _clamped(g, u, act.alpha, act.limit),
     }
     return functions[act.function](gate, up)
+
+
+_PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu2": lambda h: h.relu().square(),
+    "relu": torch.relu,
+    "silu": torch.nn.functional.silu,
+    "gelu": torch.nn.functional.gelu,
+    "gelu_tanh": lambda h: torch.nn.functional.gelu(h, approximate="tanh"),
+}
 
 
 def _clamped(gate: Tensor, up: Tensor, alpha: float, limit: float) -> Tensor:

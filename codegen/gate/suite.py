@@ -6,16 +6,8 @@ from collections.abc import Iterator
 from dovetail.codegen.kernels.arch import Arch
 from dovetail.codegen.kernels.choose import choose_layer
 from dovetail.ir.kernel_layer import LayerSpec
-from dovetail.ir.kernel_spec import (
-    ActivateSpec,
-    Activation,
-    GemmSpec,
-    KernelSpec,
-    ReduceSpec,
-    RouteSpec,
-    Tile,
-    Weights,
-)
+from dovetail.ir.kernel_parts import Activation, Place, Tile, Weights
+from dovetail.ir.kernel_spec import ActivateSpec, GemmSpec, KernelSpec, ReduceSpec, RouteSpec
 
 DECODE, PREFILL = (2, 16), (1025, 4096)
 
@@ -43,6 +35,15 @@ _OLMOE = LayerSpec("OLMoE-1B-7B", 64, 2048, 1024, 8, RouteSpec("moe_route", 64, 
 OLMOE_INT8 = dataclasses.replace(
     _OLMOE, name="OLMoE-1B-7B int8", up=Weights("int8"), down=Weights("int8")
 )
+QWEN3_30B_IN_SLOTS = dataclasses.replace(
+    QWEN3_30B, name="Qwen3-30B-A3B in slots", route=None,
+    up_place=Place((0, 768 * 2048)), down_place=Place((2 * 768 * 2048,)),
+)  # fmt: skip
+GPT_OSS_20B_IN_SLOTS = dataclasses.replace(
+    GPT_OSS_20B, name="gpt-oss-20b in slots", route=None,
+    up_place=Place((0,), (2880 * 5760,)),
+    down_place=Place((2880 * 5760 + 5760,), (2880 * 5760 + 5760 + 2880 * 2880,)),
+)  # fmt: skip
 OLMOE_INT4 = dataclasses.replace(
     _OLMOE,
     name="OLMoE-1B-7B int4",
@@ -60,7 +61,25 @@ def gate_suite(arch: Arch) -> Iterator[tuple[str, KernelSpec]]:
             yield label, spec
 
 
+_LIKE_OTHERS = ("sm_86", "sm_89")
+"""The same instructions as sm_80 with less shared memory: a few kernels stand for all."""
+
+
 def _all(arch: Arch) -> Iterator[tuple[str, KernelSpec]]:
+    in_slots: tuple[tuple[LayerSpec, tuple[int, int], tuple[str, ...]], ...] = (
+        (QWEN3_30B_IN_SLOTS, DECODE, ("up", "down")),
+        (QWEN3_30B_IN_SLOTS, PREFILL, ("up", "down")),
+        (GPT_OSS_20B_IN_SLOTS, DECODE, ("up",)),
+    )
+    for layer, bucket, names in in_slots:
+        chosen = choose_layer(layer, arch, bucket)
+        label = f"{layer.name}, {bucket[1]} tokens"
+        yield from ((label, getattr(chosen, name)) for name in names)
+    if arch.name not in _LIKE_OTHERS:
+        yield from _more(arch)
+
+
+def _more(arch: Arch) -> Iterator[tuple[str, KernelSpec]]:
     for layer, bucket, names in (
         (QWEN3_30B, DECODE, ("route", "sort", "up", "down", "reduce")),
         (QWEN3_30B, PREFILL, ("sort", "up", "down")),
@@ -102,6 +121,8 @@ def _variants(arch: Arch) -> Iterator[tuple[str, KernelSpec]]:
         "moe_down", 128, 2048, 768, 8, "bf16", Tile(32, 64, 64, 4, 3),
         store="add", routed_weight=True, out="fp32",
     )  # fmt: skip
+    plain = dataclasses.replace(base, activation=Activation("relu2"), swap_ab=False)
+    yield "no gate", plain
     yield "gated shared expert", ReduceSpec("moe_reduce", 60, 2048, 4, 1, "gated")
 
 

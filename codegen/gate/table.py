@@ -12,6 +12,7 @@ from dovetail.codegen.kernels.arch import Arch
 from dovetail.codegen.kernels.cost import fit
 from dovetail.codegen.kernels.emit import emit_kernel, file_name, load_source
 from dovetail.ir.kernel_spec import GemmSpec, KernelSpec
+from dovetail.ir.kernel_text import tile_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,21 +75,16 @@ def render_table(rows: Iterable[Row]) -> str:
     ]
     for row in rows:
         predicted = "" if row.predicted_shared is None else str(row.predicted_shared)
-        cells = [row.arch, row.label, row.function, tile_text(row.spec), str(row.registers)]
+        cells = [
+            row.arch,
+            row.label,
+            row.function,
+            tile_text(row.spec) if isinstance(row.spec, GemmSpec) else "",
+            str(row.registers),
+        ]
         cells += [str(row.spill_bytes), str(row.shared_bytes), predicted, row.instructions]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
-
-
-def tile_text(spec: KernelSpec) -> str:
-    """A GEMM's tile in short."""
-    if not isinstance(spec, GemmSpec):
-        return ""
-    tile = spec.tile
-    extra = [f"split {tile.split_k}"] * (tile.split_k > 1)
-    extra += ["swapped"] * spec.swap_ab + ["TMA"] * (spec.loads == "tma")
-    sizes = f"{tile.m}×{tile.n}×{tile.k}, {tile.warps}w, {tile.stages}s"
-    return ", ".join([sizes, *extra])
 
 
 def main() -> None:

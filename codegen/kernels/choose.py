@@ -11,17 +11,18 @@ from collections.abc import Collection, Iterator, Sequence
 from typing import Literal, NamedTuple
 
 from dovetail.codegen.kernels.arch import Arch, matrix_instruction
-from dovetail.codegen.kernels.cost import predicted_seconds, refusal
+from dovetail.codegen.kernels.cost import LEAST_K, LEAST_N, predicted_seconds, refusal
 from dovetail.codegen.kernels.launch_bounds import SORT_ONE_LAUNCH
 from dovetail.ir.errors import InputError
 from dovetail.ir.kernel_layer import LayerKernels, LayerSpec
-from dovetail.ir.kernel_spec import Dtype, GemmSpec, ReduceSpec, SortSpec, Tile
+from dovetail.ir.kernel_parts import Dtype, Tile
+from dovetail.ir.kernel_spec import GemmSpec, ReduceSpec, SortSpec
 
 LADDER = (1, 16, 64, 256, 1024, 4096, 16384)
 """Token counts that layers are prepared for; a count runs on the next larger one's kernels."""
 _ROWS = (16, 32, 64, 128)
-_OUTPUTS = (64, 128, 256)
-_DEPTHS = (32, 64, 128)
+_OUTPUTS = (LEAST_N, 128, 256)
+_DEPTHS = (LEAST_K, 64, 128)
 _WARPS = (4, 8)
 _STAGES = (2, 3, 4, 5)
 _SPLITS = (1, 2, 4)
@@ -155,7 +156,7 @@ def _up(layer: LayerSpec, bucket: tuple[int, int]) -> GemmSpec:
     return GemmSpec(
         "moe_up", layer.experts, layer.inter, layer.hidden, layer.top_k, layer.x,
         Tile(16, 64, 32), layer.up, "gather", "row", layer.activation, layer.bias,
-        out=layer.x, bucket=bucket,
+        out=layer.x, bucket=bucket, place=layer.up_place,
     )  # fmt: skip
 
 
@@ -163,7 +164,7 @@ def _down(layer: LayerSpec, bucket: tuple[int, int]) -> GemmSpec:
     return GemmSpec(
         "moe_down", layer.experts, layer.hidden, layer.inter, layer.top_k, layer.x,
         Tile(16, 64, 32), layer.down, "sorted", "slot", None, layer.bias, True,
-        out=layer.x, bucket=bucket,
+        out=layer.x, bucket=bucket, place=layer.down_place,
     )  # fmt: skip
 
 
@@ -183,11 +184,12 @@ def _shared(
         return {}
     up = dataclasses.replace(
         _up(layer, bucket), name="shared_up", experts=1, n=layer.shared, top_k=1, rows="dense",
+        place=None,
         weights=dataclasses.replace(layer.up, format="plain", scale_k=0, scale_n=1), bias=False,
     )  # fmt: skip
     down = dataclasses.replace(
         _down(layer, bucket), name="shared_down", experts=1, k=layer.shared, top_k=1, rows="dense",
-        store="row", routed_weight=False, bias=False,
+        store="row", routed_weight=False, bias=False, place=None,
         weights=dataclasses.replace(layer.down, format="plain", scale_k=0, scale_n=1),
     )  # fmt: skip
     chosen = {}

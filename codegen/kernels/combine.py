@@ -1,6 +1,6 @@
 """Emit what follows the GEMMs: activation of split sums, and the sum over a token's slots."""
 
-from dovetail.codegen.kernels.gemm import gated
+from dovetail.codegen.kernels.gemm import activated
 from dovetail.codegen.kernels.text import Source, render
 from dovetail.ir.kernel_spec import ActivateSpec, ReduceSpec
 
@@ -27,7 +27,7 @@ def emit_activate(spec: ActivateSpec) -> str:
         "    at = part_ptr + (split * max_rows + row) * (2 * N)",
         f"    gate += tl.load(at + {'2 * n' if interleaved else 'n'}, mask=ok, other=0.0)",
         f"    up += tl.load(at + {'2 * n + 1' if interleaved else 'N + n'}, mask=ok, other=0.0)",
-        *gated(act.function, act.alpha, act.limit),
+        *activated(act),
         f"tl.store(y_ptr + row * N + n, acc{_CAST[spec.out]}, mask=ok)",
     )
     return render(source, {"num_warps": spec.warps})

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 
 import sympy
 
-from dovetail.codegen.kernels.arch import Arch, Matrix, matrix_instruction
-from dovetail.ir.kernel_spec import DTYPE_BYTES, GemmSpec, Weights
+from dovetail.codegen.kernels.arch import MATRIX_SHARE, Arch, Matrix, matrix_instruction
+from dovetail.ir.kernel_parts import DTYPE_BYTES, Weights
+from dovetail.ir.kernel_spec import GemmSpec
 
 M, N, K, STAGES, WARPS, SPLIT, TOKENS, X, W, OUT = sympy.symbols(
     "BLOCK_M BLOCK_N BLOCK_K num_stages num_warps SPLIT_K tokens x_bytes w_bytes out_bytes",
@@ -33,6 +34,8 @@ ACCUMULATOR_LIMIT: dict[Matrix, int] = {
 above 128, and from 97 on where operands pass through registers too; on AMD half of a lane's 512."""
 OPERAND_LIMIT = 40
 """Registers per thread, beyond the accumulators' limit, that decoded weights may take."""
+LEAST_N, LEAST_K = 64, 32
+"""Outputs and depth of the smallest tile."""
 _TMA_GAIN = 0.05
 """Addresses of asynchronous copies take registers and issue slots (255 against 170 registers for
 the 128 × 128 tile of a gated GEMM on sm_90); what that costs in time is not measured yet."""
@@ -43,9 +46,6 @@ _STEP = 0.05e-6
 _HIDDEN = 0.85
 """Share of the shorter resources' time that the longest one hides."""
 _LAUNCH = 3e-6
-_EFFICIENCY = {"wgmma": 0.75, "tcgen05": 0.7, "mma.sync": 0.5, "mfma": 0.55, "fma": 0.05}
-"""Share of the peak that a tile's inner loop can reach. mma.sync reads operands through registers
-(its peak on Hopper is about 60 % of wgmma's); "fma" is exact float32 without matrix units."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +160,10 @@ def refusal(spec: GemmSpec, arch: Arch) -> str:
         )
     if spec.loads == "tma" and not arch.tma:
         return f"{arch.name} has no TMA"
-    if spec.tile.n > 2 * spec.n or spec.tile.k > spec.k_steps:
+    small = spec.loads == "pointer"  # masks cover what is less than the smallest tile
+    if spec.tile.n > max(LEAST_N * small, 2 * spec.n) or spec.tile.k > max(
+        LEAST_K * small, spec.k_steps
+    ):
         return "the tile is larger than the matrix"
     return ""
 
@@ -174,7 +177,7 @@ def predicted_seconds(spec: GemmSpec, arch: Arch, tokens: int) -> float:
     full = cost["programs"] / (waves * at_once)
     flying = min(cost["programs"], at_once) * cost["in_flight"]
     bandwidth = arch.bandwidth * min(1.0, flying / (_LATENCY * arch.bandwidth))
-    efficiency = _EFFICIENCY[matrix_instruction(spec, arch)]
+    efficiency = MATRIX_SHARE[matrix_instruction(spec, arch)]
     if spec.loads == "tma" and spec.tile.m >= 64:
         efficiency += _TMA_GAIN
     compute = cost["flops"] / (arch.flops * efficiency)

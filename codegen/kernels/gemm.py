@@ -5,11 +5,11 @@ counts on the device); what differs between models is folded into the text, so t
 kernel holds a branch that it does not take.
 """
 
-from dovetail.codegen.kernels.gemm_rows import GemmRows, over
+from dovetail.codegen.kernels.gemm_rows import DTYPES, GemmRows, over
 from dovetail.codegen.kernels.text import quotient, render, text_of, var
+from dovetail.ir.kernel_parts import Activation
 from dovetail.ir.kernel_spec import GemmSpec
 
-_DTYPES = {"bf16": "tl.bfloat16", "fp16": "tl.float16", "fp32": "tl.float32"}
 _FP8_UNIT = 256.0
 """e4m3 bits shifted into float16's fields read as the value / 2^(15-7): the biases differ by 8."""
 
@@ -49,7 +49,7 @@ class _Gemm(GemmRows):
 
     def _step(self, name: str) -> None:
         """One k block of one accumulator."""
-        dtype, load = _DTYPES[self.spec.x], self._weight_load(name)
+        dtype, load = DTYPES[self.spec.x], self._weight_load(name)
         if not self.int4:
             self.source.line(f"w = {load}", *self._decode(), depth=2)
             self._dot(name, "x", "w", "")
@@ -64,7 +64,7 @@ class _Gemm(GemmRows):
         spec = self.spec
         if spec.loads == "tma":
             return f"w_desc.load([{name}_row, k0]){'' if spec.swap_ab else '.T'}"
-        stride = "k0" if spec.weights.order == "nk" else "k0 * OUTPUTS"
+        stride = "k0" if spec.weights.order == "nk" else f"k0 * {self.width}"
         over_k = "[None, :]" if spec.swap_ab else "[:, None]"
         masks = [f"{self.column_ok}{self.over_n}"] * self.mask_n + [f"k_ok{over_k}"] * self.mask_k
         zero = "0.0" if spec.weights.format == "plain" else "0"
@@ -73,7 +73,7 @@ class _Gemm(GemmRows):
 
     def _decode(self) -> list[str]:
         """The loaded weight tile ``w`` in the activations' dtype."""
-        cast = f".to({_DTYPES[self.spec.x]})"
+        cast = f".to({DTYPES[self.spec.x]})"
         match self.spec.weights.format:
             case "int8":
                 return [f"w = w{cast}"]
@@ -111,9 +111,10 @@ class _Gemm(GemmRows):
                 source.line(f"scale = tl.load({name}_scale_at{mask}){unit}")
                 source.line(f"{name} *= scale{self.over_n}")
             if spec.bias:
-                base = self._expert_base(var("OUTPUTS"))
-                load = f"tl.load(bias_ptr + {text_of(base + output)}{mask}).to(tl.float32)"
-                source.line(f"bias = {load}")
+                start = f"bias_ptr + {text_of(self._expert_base(var('OUTPUTS')) + output)}"
+                if spec.place:
+                    start = f"w_ptr + {self.place_of(name, 'BIAS_AT')} + {text_of(output)}"
+                source.line(f"bias = tl.load({start}{mask}).to(tl.float32)")
                 once = "tl.where(split == 0, bias, 0.0)" if spec.tile.split_k > 1 else "bias"
                 source.line(f"{name} += {once}{self.over_n}")
         if self.pairs:
@@ -121,8 +122,7 @@ class _Gemm(GemmRows):
             source.line(f"gate, up = tl.split(tl.reshape({both}, (BLOCK_M, BLOCK_N, 2)))")
             self.over_m, self.over_n = "[:, None]", "[None, :]"
         if spec.activation:
-            act = spec.activation
-            source.line(*gated(act.function, act.alpha, act.limit))
+            source.line(*activated(spec.activation))
         if spec.routed_weight:
             weight = "tl.load(routed_weight_ptr + slot, mask=row_ok, other=0.0)"
             source.line(f"acc *= {weight}{self.over_m}")
@@ -143,30 +143,39 @@ class _Gemm(GemmRows):
             f"y_at = y_ptr + {over(to * var('N'), self.over_m)} + n{self.over_n}",
             f"ok = row_ok{self.over_m}" + (f" & n_ok{self.over_n}" if self.mask_n else ""),
         )
-        value = f"acc.to({_DTYPES[spec.out]})" if spec.out != "fp32" else "acc"
+        value = f"acc.to({DTYPES[spec.out]})" if spec.out != "fp32" else "acc"
         if spec.store == "add":
             source.line('tl.atomic_add(y_at, acc, mask=ok, sem="relaxed")')
         else:
             source.line(f"tl.store(y_at, {value}, mask=ok)")
 
 
-def gated(function: str, alpha: float, limit: float) -> list[str]:
-    """Source that computes ``acc`` from ``gate`` and ``up``, all float32.
+def activated(act: Activation) -> list[str]:
+    """Source that computes ``acc`` from ``gate`` and ``up``, or without a gate from ``acc``, all
+    float32.
 
     tanh(z) is written 2·sigmoid(2z) − 1, so gelu's tanh form is gate·sigmoid(2z).
     """
-    match function:
-        case "swiglu":
-            return ["acc = gate * tl.sigmoid(gate) * up"]
-        case "geglu":
-            return ["acc = 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476)) * up"]
-        case "geglu_tanh":
+    match act.function:
+        case "relu":
+            return ["acc = tl.maximum(acc, 0.0)"]
+        case "relu2":
+            return ["acc = tl.maximum(acc, 0.0)", "acc *= acc"]
+        case "reglu":
+            return ["acc = tl.maximum(gate, 0.0) * up"]
+        case "clamped":
             return [
-                "z = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)",
-                "acc = gate * tl.sigmoid(2.0 * z) * up",
+                f"gate = tl.minimum(gate, {act.limit})",
+                f"up = tl.minimum(tl.maximum(up, {-act.limit}), {act.limit})",
+                f"acc = gate * tl.sigmoid({act.alpha} * gate) * (up + 1.0)",
             ]
+    of, times = ("gate", " * up") if act.gated else ("acc", "")
+    match act.function:
+        case "swiglu" | "silu":
+            return [f"acc = {of} * tl.sigmoid({of}){times}"]
+        case "geglu" | "gelu":
+            return [f"acc = 0.5 * {of} * (1.0 + tl.erf({of} * 0.7071067811865476)){times}"]
     return [
-        f"gate = tl.minimum(gate, {limit})",
-        f"up = tl.minimum(tl.maximum(up, {-limit}), {limit})",
-        f"acc = gate * tl.sigmoid({alpha} * gate) * (up + 1.0)",
+        f"z = 0.7978845608028654 * ({of} + 0.044715 * {of} * {of} * {of})",
+        f"acc = {of} * tl.sigmoid(2.0 * z){times}",
     ]

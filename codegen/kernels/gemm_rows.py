@@ -5,14 +5,18 @@ import sympy
 from dovetail.codegen.kernels.text import Source, quotient, text_of, var
 from dovetail.ir.kernel_spec import GemmSpec
 
+DTYPES = {"bf16": "tl.bfloat16", "fp16": "tl.float16", "fp32": "tl.float32"}
+ALIGNED = 16
+"""Bytes that the address of an expert is a multiple of: the widest load of a thread."""
+
 
 def gemm_arguments(spec: GemmSpec) -> list[str]:
     """Names of the kernel's pointers and descriptors, in order."""
     return [
         "x_ptr",
-        "w_desc" if spec.loads == "tma" else "w_ptr",
+        "expert_at_ptr" if spec.place else "w_desc" if spec.loads == "tma" else "w_ptr",
         *(["scale_ptr"] if spec.weights.format != "plain" else []),
-        *(["bias_ptr"] if spec.bias else []),
+        *(["bias_ptr"] if spec.bias and not spec.place else []),
         *(["routed_weight_ptr"] if spec.routed_weight else []),
         "y_ptr",
         *(["slot_ptr", "tile_expert_ptr", "num_rows_ptr"] if spec.rows != "dense" else []),
@@ -38,6 +42,7 @@ def _title(spec: GemmSpec) -> str:
         *(["k axis split"] if spec.tile.split_k > 1 else []),
         *(["operands swapped"] if spec.swap_ab else []),
         *(["weights by TMA"] if spec.loads == "tma" else []),
+        *(["experts by address"] if spec.place else []),
     ]
     return ", ".join(parts) + "."
 
@@ -60,12 +65,16 @@ class GemmRows:
             ("[None, :]", "[:, None]") if spec.swap_ab else ("[:, None]", "[None, :]")
         )
         # Interleaved pairs are computed side by side in one accumulator twice as wide.
-        self.pairs = spec.activation is not None and spec.activation.pairs == "interleaved"
+        self.pairs = spec.interleaved
         self.wide = "2 * BLOCK_N" if self.pairs else "BLOCK_N"
         self.column, self.column_ok = ("out", "out_ok") if self.pairs else ("n", "n_ok")
         self.outputs: dict[str, sympy.Expr] = {"acc": var(self.column)}
-        if spec.activation and not self.pairs:
+        if spec.gated and not self.pairs:
             self.outputs = {"gate": var("n"), "up": var("n") + var("N")}
+        apart = spec.place is not None and len(spec.place.matrices) == 2
+        if apart:
+            self.outputs = {"gate": var("n"), "up": var("n")}
+        self.width = "N" if apart else "OUTPUTS"  # columns of a matrix in order kn
 
     def constants(self) -> None:
         """Sizes of the layer, then of the tile."""
@@ -77,6 +86,11 @@ class GemmRows:
             self.source.const(HALF_K=spec.k_steps)
         if self.grouped:
             self.source.const(SCALE_K=spec.weights.scale_k, SCALE_N=spec.weights.scale_n)
+        if spec.place:
+            for kind, places in (("AT", spec.place.matrices), ("BIAS_AT", spec.place.biases)):
+                names = ("GATE", "UP") if len(places) == 2 else ("W",)
+                found = zip(names, places, strict=False)
+                self.source.const(**{f"{name}_{kind}": place for name, place in found})
         self.source.const(BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, GROUP_M=tile.group)
         if tile.split_k > 1:
             self.source.const(SPLIT_K=tile.split_k)
@@ -102,6 +116,10 @@ class GemmRows:
     def rows(self) -> None:
         """The tile's rows: slots, tokens and their expert."""
         source, spec = self.source, self.spec
+        expert = "expert = tl.load(tile_expert_ptr + pid_m).to(tl.int64)"
+        if spec.place:
+            source.line(expert)
+            self._base()
         source.line("row = (pid_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)")
         if spec.rows == "dense":
             source.line("row_ok = row < num_rows")
@@ -110,7 +128,7 @@ class GemmRows:
             source.line(
                 "slot = tl.load(slot_ptr + row).to(tl.int64)",
                 "row_ok = slot < num_slots",
-                "expert = tl.load(tile_expert_ptr + pid_m).to(tl.int64)",
+                *([] if spec.place else [expert]),
             )
         source.line("n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)")
         if self.mask_n:
@@ -119,6 +137,17 @@ class GemmRows:
             source.line("out = pid_n * (2 * BLOCK_N) + tl.arange(0, 2 * BLOCK_N)")
             if self.mask_n:
                 source.line("out_ok = out < OUTPUTS")
+
+    def _base(self) -> None:
+        """The expert's own address, or the end of the program where it is not in this launch."""
+        pointer = f"at.to(tl.pointer_type({DTYPES[self.spec.x]}))"
+        self.source.note("Address 0: the expert is not in this launch.")
+        self.source.line(
+            "at = tl.load(expert_at_ptr + expert)",
+            "if at == 0:",
+            "    return",
+            f"w_ptr = tl.multiple_of({pointer}, [{ALIGNED}])",
+        )
 
     def operands(self) -> None:
         """Addresses of the first k block, and the accumulators."""
@@ -153,10 +182,17 @@ class GemmRows:
         steps, outputs, k = var(self.steps), var("OUTPUTS"), var(f"k{over_k}")
         for name, output in self.outputs.items():
             column = var(over(output, self.over_n))
-            inner = column * steps + k if self.spec.weights.order == "nk" else k * outputs + column
-            base = self._expert_base(outputs * steps)
-            start = "w_ptr" if base == 0 else f"w_ptr + {text_of(base)}"
+            wide = k * var(self.width) + column
+            inner = column * steps + k if self.spec.weights.order == "nk" else wide
+            base = text_of(self._expert_base(outputs * steps))
+            if self.spec.place:
+                base = self.place_of(name, "AT")
+            start = "w_ptr" if base == "0" else f"w_ptr + {base}"
             self.source.line(f"{name}_at = {start} + {text_of(inner)}")
+
+    def place_of(self, output: str, kind: str) -> str:
+        """The constant that says where in an expert an output's matrix or bias is."""
+        return f"{'W' if self.width == 'OUTPUTS' else output.upper()}_{kind}"
 
     def _scale_addresses(self) -> None:
         weights, outputs = self.spec.weights, var("OUTPUTS")

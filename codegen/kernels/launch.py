@@ -1,11 +1,13 @@
 """Launch emitted kernels on torch tensors: grids from upper bounds, arguments by name."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
+from dovetail.codegen.kernels.emit import emit_kernel, file_name, load_source
 from dovetail.codegen.kernels.launch_bounds import ceil_div, most_tiles, sort_parts
 from dovetail.ir.kernel_spec import (
     ActivateSpec,
@@ -46,6 +48,35 @@ def launch(
     """Run one kernel of an emitted module with the arguments that its signature names."""
     kernel = getattr(module, function or spec.name)
     kernel[grid](*(values[name] for name in kernel.arg_names), **module.OPTIONS)
+
+
+class Kernel(Protocol):
+    """A kernel that can be launched, from its source or from a binary."""
+
+    def __call__(
+        self, grid: tuple[int, ...], values: Mapping[str, Any], function: str = ""
+    ) -> None:
+        """Launch on the current stream with the arguments that the kernel names among ``values``;
+        ``function`` is another function of the kernel's module than that of its name."""
+        ...
+
+
+class SourceKernel:
+    """An emitted module whose functions Triton compiles at their first launch."""
+
+    def __init__(self, spec: KernelSpec, module: ModuleType) -> None:
+        self.spec, self.module = spec, module
+
+    def __call__(
+        self, grid: tuple[int, ...], values: Mapping[str, Any], function: str = ""
+    ) -> None:
+        """Launch; see ``Kernel``."""
+        launch(self.module, self.spec, grid, values, function)
+
+
+def source_kernel(spec: KernelSpec, folder: Path) -> Kernel:
+    """The spec's kernel, its source written to ``folder``."""
+    return SourceKernel(spec, load_source(emit_kernel(spec), folder, file_name(spec)))
 
 
 def weight_descriptor(stored: Tensor, spec: GemmSpec) -> Any:

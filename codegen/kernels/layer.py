@@ -4,23 +4,22 @@ Every size that depends on routing stays on the device, so a forward pass reads 
 be captured in a CUDA graph; the same code runs in Triton's interpreter on CPU tensors.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dovetail.codegen.kernels.emit import emit_kernel, file_name, load_source
-from dovetail.codegen.kernels.launch import grid_of, launch, weight_descriptor
+from dovetail.codegen.kernels.launch import Kernel, grid_of, source_kernel, weight_descriptor
 from dovetail.codegen.kernels.launch_bounds import SORT_PART, most_tiles, sort_parts
 from dovetail.codegen.kernels.quantise import TORCH_DTYPES
 from dovetail.codegen.kernels.routing import power_of_two
 from dovetail.ir.errors import InputError
 from dovetail.ir.kernel_layer import LayerKernels, LayerSpec
-from dovetail.ir.kernel_spec import DTYPE_BYTES, GemmSpec, KernelSpec
+from dovetail.ir.kernel_parts import DTYPE_BYTES
+from dovetail.ir.kernel_spec import GemmSpec, KernelSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +42,8 @@ class LayerWeights:
 class LayerRunner:
     """A layer's kernels for every bucket, loaded, with buffers for ``tokens`` tokens.
 
-    Writes the emitted modules to ``folder``. Raises InputError when no bucket holds ``tokens``.
+    ``load`` gives the kernel of a spec, by default compiled from its emitted source in ``folder``.
+    Raises InputError when no bucket holds ``tokens``, or routing is left to others.
     """
 
     def __init__(
@@ -53,29 +53,26 @@ class LayerRunner:
         tokens: int,
         device: str,
         folder: Path,
+        load: Callable[[KernelSpec, Path], Kernel] = source_kernel,
     ) -> None:
+        if layer.up_place is not None or layer.route is None:
+            raise InputError(
+                f"layer {layer.name}: its experts lie at addresses or their routing is another's; "
+                "ExpertsRunner runs such layers"
+            )
         self.layer = layer
         self.ladder = sorted(ladder, key=lambda kernels: kernels.bucket)
-        self.modules: dict[KernelSpec, ModuleType] = {
-            spec: load_source(emit_kernel(spec), folder, file_name(spec))
-            for kernels in ladder
-            for spec in kernels.specs()
+        self._kernels: dict[KernelSpec, Kernel] = {
+            spec: load(spec, folder) for kernels in ladder for spec in kernels.specs()
         }
         self._descriptors: dict[tuple[int, GemmSpec], Any] = {}
         self.bucket(tokens)
         used = [kernels for kernels in self.ladder if kernels.bucket[0] <= tokens]
-        self.buffers = _buffers(layer, used, tokens, device)
+        self.buffers = layer_buffers(layer, used, tokens, device)
 
     def bucket(self, tokens: int) -> LayerKernels:
         """The kernels for this many tokens."""
-        for kernels in self.ladder:
-            if tokens <= kernels.bucket[1]:
-                return kernels
-        most = self.ladder[-1].bucket[1]
-        raise InputError(
-            f"layer {self.layer.name}: {tokens} tokens, its kernels are for at most {most}; "
-            "split the batch or choose a longer ladder"
-        )
+        return kernels_for(self.layer, self.ladder, tokens)
 
     def forward(
         self, x: Tensor, logits: Tensor, weights: LayerWeights, gate: Tensor | None = None
@@ -96,6 +93,7 @@ class LayerRunner:
         }
         route: dict[str, Any] = {"logits_ptr": logits, "bias_ptr": weights.route_bias}
         route |= {"weight_ptr": buffers["routed_weight_ptr"]}
+        assert kernels.route is not None
         self._run(kernels.route, tokens, common | route)
         self._sort(kernels, tokens, common)
         up: dict[str, Any] = {"x_ptr": x, "y_ptr": buffers["hidden"]}
@@ -114,13 +112,13 @@ class LayerRunner:
         return self.buffers["y_ptr"][:tokens]
 
     def _run(self, spec: KernelSpec, tokens: int, values: Mapping[str, Any]) -> None:
-        launch(self.modules[spec], spec, grid_of(spec, tokens, self.layer.top_k), values)
+        self._kernels[spec](grid_of(spec, tokens, self.layer.top_k), values)
 
     def _sort(self, kernels: LayerKernels, tokens: int, common: Mapping[str, Any]) -> None:
         sort, parts = kernels.sort, sort_parts(tokens * self.layer.top_k)
         values = {**common, "chunk": SORT_PART, "parts": parts}
         if not sort.one_launch:
-            launch(self.modules[sort], sort, (parts,), values, f"{sort.name}_count")
+            self._kernels[sort]((parts,), values, f"{sort.name}_count")
         self._run(sort, tokens, values)
 
     def _gemm(self, spec: GemmSpec, tokens: int, stored: Tensor, values: Mapping[str, Any]) -> None:
@@ -133,7 +131,18 @@ class LayerRunner:
         self._run(spec, tokens, {**values, **operand})
 
 
-def _buffers(
+def kernels_for(layer: LayerSpec, ladder: Sequence[LayerKernels], tokens: int) -> LayerKernels:
+    """The first kernels of the rising ``ladder`` for so many tokens; raises InputError if none."""
+    for kernels in ladder:
+        if tokens <= kernels.bucket[1]:
+            return kernels
+    raise InputError(
+        f"layer {layer.name}: {tokens} tokens, its kernels are for at most "
+        f"{ladder[-1].bucket[1]}; split the batch or choose a longer ladder"
+    )
+
+
+def layer_buffers(
     layer: LayerSpec, ladder: Sequence[LayerKernels], tokens: int, device: str
 ) -> dict[str, Tensor]:
     """Every intermediate tensor, as large as the most demanding bucket needs it."""

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from dovetail.ir.kernel_spec import DTYPE_BYTES, Weights
+from dovetail.ir.kernel_parts import DTYPE_BYTES, Weights
 
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 assert set(TORCH_DTYPES) == set(DTYPE_BYTES)

@@ -1,7 +1,7 @@
 """Triton source as lines: named constants, a signature, a body, and indices printed from sympy."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -91,7 +91,7 @@ class Source:
         self.line(f"# {text}", depth=depth)
 
 
-def render(source: Source, options: Mapping[str, int], *more: str) -> str:
+def render(source: Source, options: dict[str, int], *more: str) -> str:
     """The module: what it is, its constants, the compiler's options and its kernels."""
     return "\n\n".join((_header(source, options), kernel(source), *more))
 
@@ -108,7 +108,7 @@ def kernel(source: Source, name: str = "") -> str:
     return "\n".join((decorator, signature, *source.body)) + "\n"
 
 
-def _header(source: Source, options: Mapping[str, int]) -> str:
+def _header(source: Source, options: dict[str, int]) -> str:
     """Docstring with the spec as JSON, imports, options and constants."""
     data = json.dumps(codec.encode(source.spec), ensure_ascii=False)
     lines = [
@@ -122,10 +122,16 @@ def _header(source: Source, options: Mapping[str, int]) -> str:
         "import triton",
         "import triton.language as tl",
         "",
-        f"OPTIONS = {json.dumps(dict(options))}",
+        f"OPTIONS = {{{_options(options)}}}",
         *(f"{name} = tl.constexpr({value!r})" for name, value in source.constants.items()),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _options(options: dict[str, int]) -> str:
+    """The compiler's options; multiply and add are one instruction, whatever its version has as
+    default."""
+    return ", ".join(f'"{k}": {v}' for k, v in (options | {"enable_fp_fusion": True}).items())
 
 
 def _wrapped(text: str) -> Iterator[str]:

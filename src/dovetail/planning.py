@@ -101,12 +101,13 @@ def corrected(machine: Machine, captured: Captured) -> Machine:
 def plan_model(request: Request, model: Model, machine: Machine) -> tuple[Plan, Captured]:
     """Plan an open model for ``machine``, whatever machine ``request`` names. Raises
     DovetailError."""
+    from dovetail.kernels.planned import with_kernels
     from dovetail.passes.choose import choose
 
     captured = model.captured
     if request.plan:
         given = load_plan(Path(request.plan))
-        plan = _adopt(given, request, captured, machine, model.digest)
+        plan = with_kernels(_adopt(given, request, captured, machine, model.digest), captured.graph)
         _verify(plan, captured)
         return plan, captured
     plan = choose(
@@ -118,6 +119,7 @@ def plan_model(request: Request, model: Model, machine: Machine) -> tuple[Plan, 
         knobs=request.knobs,
         checkpoint=model.digest,
     )
+    plan = with_kernels(plan, captured.graph)
     _verify(plan, captured)
     return plan, captured
 
@@ -303,12 +305,15 @@ ERRORS = _all_errors(DovetailError)
 
 def main() -> int:
     """The child process: a request on standard input, its answer as the last line of output."""
+    from dovetail.kernels.planned import save_kernels
+
     job = json.loads(sys.stdin.read())
     request = codec.decode(job["request"], Request)
     out = Path(job["out"])
     try:
         plan, captured = plan_here(request, lambda text: print(text, file=sys.stderr, flush=True))
         captured.save(out)
+        save_kernels(plan, out)
         save_plan(plan, out / PLAN_FILE)
     except (DovetailError, OSError) as caught:
         error = as_output_error(caught) if isinstance(caught, OSError) else caught

@@ -115,14 +115,22 @@ def check_kernels(folder: Path) -> KernelSet:
         raise PlanError(f"{path}: not a readable manifest of kernels: {error}") from None
     found = codec.decode(data, KernelSet)
     for reference in found.kernels:
-        _check(reference, folder)
+        check_reference(reference, folder)
     return found
 
 
-def _check(reference: KernelReference, folder: Path) -> None:
+def check_reference(
+    reference: KernelReference,
+    folder: Path,
+    prefix: str = "",
+    advice: str = "write the kernels again with `dovetail kernels make`",
+) -> None:
+    """Hold a kernel's source in ``folder`` against its spec; ``prefix`` precedes its file's name.
+
+    Raises PlanError with ``advice`` where it is missing, altered or another version's.
+    """
     path = folder / reference.file
-    advice = "write the kernels again with `dovetail kernels make`"
-    if reference.file != file_name(reference.spec):
+    if reference.file != prefix + file_name(reference.spec):
         raise PlanError(f"{path}: its spec belongs in {file_name(reference.spec)}; {advice}")
     if reference.spec_digest != spec_digest(reference.spec):
         raise PlanError(f"{path}: the manifest's spec was altered; {advice}")

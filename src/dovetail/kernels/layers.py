@@ -6,7 +6,8 @@ from typing import Any, Literal
 
 from dovetail.ir.errors import InputError
 from dovetail.ir.kernel_layer import LayerSpec
-from dovetail.ir.kernel_spec import Activation, Dtype, RouteSpec, Weights
+from dovetail.ir.kernel_parts import Activation, Dtype, Weights
+from dovetail.ir.kernel_spec import RouteSpec
 
 _FUNCTIONS: dict[str, Literal["swiglu", "geglu", "geglu_tanh"]] = {
     "silu": "swiglu",

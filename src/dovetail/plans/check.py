@@ -74,6 +74,7 @@ class PlanCheck:
             ("memory", self.check_memory),
             ("bound", self.check_bound),
             ("certificates", self.check_certificates),
+            ("kernels", self.check_kernels),
         ]
 
     def check_file(self) -> Found:
@@ -172,6 +173,14 @@ class PlanCheck:
                 )
         count = len(self.plan.certificates)
         return Found(f"{count} agree with the plan, largest gap {worst:.1%}" if count else "none")
+
+    def check_kernels(self) -> Found:
+        """The sources beside a GPU plan are what its specs give; nothing of them is run."""
+        from dovetail.kernels.planned import check_plan_kernels
+
+        if not self.plan.kernels and not self.plan.no_kernels:
+            return Found("none: the plan runs no kernels of its own")
+        return Found(check_plan_kernels(self.plan, self.path.parent))
 
     def check_bound(self) -> Found:
         """No schedule can be faster than the bound, so the prediction is not."""

@@ -30,6 +30,7 @@ def make(options: argparse.Namespace) -> int:
     its graph and print it. Raises DovetailError.
     """
     from dovetail.ir.printer import print_plan
+    from dovetail.kernels.planned import save_kernels
     from dovetail.machine_files import load_machine, machine_budget
     from dovetail.planning import Model, Request, plan_here
     from dovetail.routing.of_workload import with_routing
@@ -66,6 +67,7 @@ def make(options: argparse.Namespace) -> int:
     plan, captured = plan_here(request, _note, model)
     with written(out):
         captured.save(out.parent)
+        save_kernels(plan, out.parent)
         save_plan(plan, out)
     print(print_plan(plan))
     print(f"\nplan: {out}")

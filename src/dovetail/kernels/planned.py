@@ -1,0 +1,160 @@
+"""The kernels of a GPU plan: chosen by the cost model, written beside the plan, held against it.
+
+Nothing here imports torch or Triton: choosing and emitting is arithmetic and text.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from dovetail.codegen.kernels.arch import ARCHS, Arch, arch_of
+from dovetail.codegen.kernels.choose import LADDER, choose_ladder
+from dovetail.codegen.kernels.emit import emit_kernel, file_name, source_digest
+from dovetail.codegen.kernels.of_experts import layer_of_experts
+from dovetail.ir.errors import InputError, PlanError
+from dovetail.ir.kernel_layer import (
+    KernelLadder,
+    KernelReference,
+    KernelRung,
+    LayerKernels,
+    LayerSpec,
+)
+from dovetail.ir.kernel_spec import GemmSpec, KernelSpec, ReduceSpec, SortSpec, spec_digest
+from dovetail.ir.plan import Plan
+from dovetail.ir.record_file import write_whole
+from dovetail.ir.task_graph import TaskGraph
+from dovetail.kernels.files import check_reference
+from dovetail.passes.apply_moves import apply_moves
+from dovetail.passes.gpu.cost import GpuCosts
+from dovetail.passes.gpu.predict import GpuPredictor
+
+FOLDER = "kernels"
+"""The folder beside a plan that holds its kernels' sources."""
+_ROLES = {"sort": SortSpec, "up": GemmSpec, "down": GemmSpec, "reduce": ReduceSpec}
+
+
+def with_kernels(plan: Plan, graph: TaskGraph) -> Plan:
+    """The plan with the kernels that its GPU's experts run on, or with why it has none; a plan for
+    the processor as it is."""
+    layout = apply_moves(graph, plan.moves)
+    gpu = plan.machine.accelerator
+    if layout.device is None or gpu is None:
+        return plan
+    arch = arch_of(gpu)
+    if arch is not None and {ladder.arch for ladder in plan.ladders} == {arch.name}:
+        return plan  # a plan that was given brings its own
+    if arch is None:
+        said = (
+            f"{gpu.name} is {gpu.arch}" if gpu.arch else f"the machine says no arch of {gpu.name}"
+        )
+        known = ", ".join(ARCHS)
+        return _without(plan, f"{said}; kernels are emitted for {known}")
+    costs = GpuCosts(plan.machine, graph.dtype, plan.workload.routing)
+    phases = GpuPredictor(layout, costs).phases(plan.workload)
+    rungs = token_rungs([phase.work.tokens for phase in phases])
+    layers, refused = _layers(graph)
+    if not layers:
+        return _without(plan, "; ".join(refused) or "the model has no routed experts of its own")
+    ladders, specs = [], dict[KernelSpec, None]()
+    for layer, bodies in layers.items():
+        try:
+            chosen = choose_ladder(layer, arch, rungs)
+        except InputError as error:
+            refused.append(f"{', '.join(bodies)}: {error}")
+            continue
+        specs |= dict.fromkeys(spec for kernels in chosen for spec in kernels.specs())
+        ladders.append(KernelLadder(layer, bodies, arch.name, tuple(map(_rung, chosen))))
+    return replace(
+        plan,
+        kernels=tuple(_reference(spec, arch) for spec in specs),
+        ladders=tuple(ladders),
+        no_kernels="; ".join(refused),
+    )
+
+
+def token_rungs(counts: Sequence[int]) -> tuple[int, ...]:
+    """The token counts to choose kernels for: in each bucket of the usual ladder the most tokens
+    that a step has, so that a plan's kernels are those of its own steps."""
+    found: dict[int, int] = {}
+    for count in counts:
+        bucket = next((i for i, last in enumerate(LADDER) if count <= last), len(LADDER))
+        found[bucket] = max(found.get(bucket, 0), count)
+    return tuple(found[bucket] for bucket in sorted(found))
+
+
+def ladder_kernels(plan: Plan, ladder: KernelLadder) -> tuple[LayerKernels, ...]:
+    """The kernels of a ladder as runners take them. Raises PlanError where the plan does not have
+    one that the ladder names, or another kind of it."""
+    known = {reference.file: reference.spec for reference in plan.kernels}
+    found = []
+    for rung in ladder.rungs:
+        named: dict[str, Any] = {role: known.get(rung.files.get(role, "")) for role in _ROLES}
+        for role, kind in _ROLES.items():
+            if not isinstance(named[role], kind):
+                raise PlanError(
+                    f"the kernels of {', '.join(ladder.bodies)} for {rung.bucket[1]} tokens: found "
+                    f"{rung.files.get(role, 'nothing')} for {role}, expected a {kind.__name__} "
+                    "among the plan's kernels; plan again"
+                )
+        found.append(LayerKernels(ladder.arch, rung.bucket, None, activate=None, **named))
+    return tuple(found)
+
+
+def save_kernels(plan: Plan, folder: Path) -> None:
+    """Write the sources of a plan's kernels beside it; each is whole or not there."""
+    for reference in plan.kernels:
+        path = folder / reference.file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(emit_kernel(reference.spec), path)
+
+
+def check_plan_kernels(plan: Plan, folder: Path) -> str:
+    """Hold a plan's kernels against their specs and their sources in ``folder``, and say what they
+    are. Raises PlanError with the first that is missing, altered or another version's."""
+    for reference in plan.kernels:
+        check_reference(reference, folder, f"{FOLDER}/", "plan again, or restore the file")
+    for ladder in plan.ladders:
+        ladder_kernels(plan, ladder)
+    if plan.kernels:
+        return f"{len(plan.kernels)} sources are what their specs give, for {plan.ladders[0].arch}"
+    return f"none: {plan.no_kernels}" if plan.no_kernels else "none"
+
+
+def _layers(graph: TaskGraph) -> tuple[dict[LayerSpec, tuple[str, ...]], list[str]]:
+    """The kinds of experts with the bodies that have them, and why others run without kernels."""
+    layers: dict[LayerSpec, tuple[str, ...]] = {}
+    refused: list[str] = []
+    name = str(graph.model.get("model_type", "experts"))
+    for body in graph.bodies:
+        if body.experts is None or body.experts.experts is None:
+            continue
+        try:
+            layer = layer_of_experts(name, body.experts.experts)
+        except InputError as error:
+            refused.append(f"{body.name}: {error}")
+            continue
+        layers[layer] = (*layers.get(layer, ()), body.name)
+    modules = [b.name for b in graph.bodies if any(
+        op.target == "dovetail.module" for task in b.tasks for op in task.ops)]  # fmt: skip
+    if modules and not layers and not refused:
+        refused.append(
+            f"{', '.join(modules)}: run whole modules of the model (dovetail.module), whatever "
+            "experts are in them"
+        )
+    return layers, refused
+
+
+def _without(plan: Plan, reason: str) -> Plan:
+    return replace(plan, kernels=(), ladders=(), no_kernels=reason)
+
+
+def _rung(kernels: LayerKernels) -> KernelRung:
+    files = {role: f"{FOLDER}/{file_name(getattr(kernels, role))}" for role in _ROLES}
+    return KernelRung(kernels.bucket, files)
+
+
+def _reference(spec: KernelSpec, arch: Arch) -> KernelReference:
+    text = emit_kernel(spec)
+    name = f"{FOLDER}/{file_name(spec)}"
+    return KernelReference(name, arch.name, spec, spec_digest(spec), source_digest(text))
