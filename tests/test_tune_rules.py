@@ -78,7 +78,7 @@ def test_hopeless_candidate_is_stopped_early_and_needs_no_default(tmp_path: Path
     assert measurer.asked == [moves]
     deadlines = measurer._deadlines(terms, 1.0)
     assert deadlines[0] == math.inf and measurer.default_done[0] < EARLIEST
-    assert list(deadlines[1:]) == sorted(deadlines[1:]) and deadlines[-1] < HOPELESS
+    assert list(deadlines[2:]) == sorted(deadlines[2:]) and deadlines[-1] < HOPELESS
 
 
 def test_good_candidate_shares_the_default_that_ran_before_it(tmp_path: Path) -> None:

@@ -28,9 +28,9 @@ GRACE_SECONDS = 60.0
 """A worker that says nothing for this long beyond its limit is ended."""
 DISTURBED = 1.5
 """Where the default takes this many times its median, something else slowed the machine."""
-EARLIEST = 0.2
+EARLIEST = 0.3
 """The share of the work before which no candidate is given up."""
-MARGIN, EARLY_MARGIN = 1.08, 0.2
+MARGIN, EARLY_MARGIN = 1.08, 0.3
 """A candidate is given up where it took this many times the seconds that it may take, and early on
 this much more: one run is off by some percent, and so are the shares of the work."""
 

@@ -73,7 +73,7 @@ class Ranker:
         """First the one that may be best: all by the coarse estimate, the first few by simulation,
         each at the lower end of what the residuals leave open."""
         rough = sorted(found, key=lambda c: (self.hoped(c), c.digest))
-        few = sorted(rough[:SHORTLIST], key=self._simulated_hope)
+        few = sorted(rough[:SHORTLIST], key=lambda c: (self.expected(c), c.digest))
         return [*few, *rough[SHORTLIST:]]
 
     def rough(self, candidate: Candidate) -> float:
@@ -84,9 +84,9 @@ class Ranker:
         """The lowest ratio to be hoped for by estimate and residuals."""
         return self.rough(candidate) * self._hope(candidate)
 
-    def _simulated_hope(self, candidate: Candidate) -> tuple[float, str]:
-        simulated = self.ratio(candidate.moves, candidate.digest)
-        return simulated * self._hope(candidate), candidate.digest
+    def expected(self, candidate: Candidate) -> float:
+        """The same by simulation."""
+        return self.ratio(candidate.moves, candidate.digest) * self._hope(candidate)
 
     def _hope(self, candidate: Candidate) -> float:
         mean, spread = self.residuals.expect(candidate.point)

@@ -20,6 +20,8 @@ FIT = "fits"
 """The name of the constraint that a schedule stays within the budget."""
 KICK = 3
 """Knobs that a restart of the coordinate descent changes."""
+AROUND = 1.1
+"""A restart goes on only from a point that takes no more than so many times the best."""
 FURTHER = 6
 """After so many timed points one more knob may be changed at once."""
 
@@ -158,13 +160,11 @@ class CoordinateDescent:
         """All neighbours of the place where it stands that were not told of: were only some
         proposed, the knobs that come last would hardly ever be tried."""
         for _ in range(20):
-            fresh = [
-                point
-                for _, point in self._space.neighbours(self._here)
-                if self._place(point) not in self._told
-            ]
-            if self._place(self._here) not in self._told:
-                fresh.insert(0, dict(self._here))
+            here = self._told.get(self._place(self._here))
+            if here is None:
+                return [dict(self._here)]
+            near = self._space.neighbours(self._here) if here <= AROUND * self._best[0] else ()
+            fresh = [point for _, point in near if self._place(point) not in self._told]
             if fresh:
                 return fresh
             self._here = self._kicked()

@@ -107,10 +107,13 @@ class Search:
                 if candidates is None:
                     return "space"
                 if candidates:
-                    ordered = self._ranker.order(candidates)
-                    for later in ordered[1:]:
+                    first, *others = self._ranker.order(candidates)
+                    for later in others:
                         self._sampler.tell_later(later.point, self._ranker.rough(later))
-                    self._time(ordered[0])
+                    if self._ranker.expected(first) > RULED_OUT * self.best:
+                        self._rule_out(first)
+                    else:
+                        self._time(first)
         return "budget"
 
     def gate(self) -> None:
@@ -137,11 +140,14 @@ class Search:
         kept = []
         for candidate in found.values():
             if self._ranker.hoped(candidate) > RULED_OUT * self.best:
-                self.ruled_out += 1
-                self._sampler.tell_skipped(candidate.point, self._ranker.rough(candidate))
+                self._rule_out(candidate)
             else:
                 kept.append(candidate)
         return kept
+
+    def _rule_out(self, candidate: Candidate) -> None:
+        self.ruled_out += 1
+        self._sampler.tell_skipped(candidate.point, self._ranker.rough(candidate))
 
     def _candidate(self, point: dict[str, int]) -> Candidate | None:
         """The point's candidate, or None if it does not fit or was timed: the sampler is told."""
