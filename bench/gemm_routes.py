@@ -1,17 +1,20 @@
-"""Routes for an expert's products on a CPU: 16-bit one by one, grouped, and 8-bit.
+"""Routes for the experts' products on a CPU: one by one, packed, grouped, and with 8-bit weights.
 
     python bench/gemm_routes.py --out bench/results/NAME-gemm-routes.json
 
-All experts of a layer run over the same number of rows each, with weights that no cache holds, on
-one thread; the routes take turns, and of each the lowest CPU time counts. The 8-bit routes take
-int8 weights that were converted before and quantize rows as they come (per row, symmetric for
-``int_mm``; per tensor, for oneDNN's ``qlinear``), or leave rows at 16 bits (``int8pack``).
+All experts of a layer run over as many rows each, taken from the step's tokens and added up with
+their weights, with matrices that no cache holds, on one thread; the routes take turns, and of each
+the lowest CPU time counts. ``packed`` multiplies one expert after the other as ``loop`` does, but
+takes rows, activates and adds up for all of them at once; ``grouped`` multiplies at once too. The
+8-bit routes take int8 weights that were converted before and quantize rows as they come (per row,
+symmetric, for ``int_mm``; per tensor for oneDNN's ``qlinear``) or leave rows at 16 bits
+(``int8pack``). Their outputs differ, by the error that is given.
 """
 
 import argparse
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -20,20 +23,45 @@ from host import describe_machine
 from torch import Tensor
 from torch.nn import functional as F
 
-from dovetail.ir.gemm_tiles import LADDERS
+from dovetail.ir.gemm_tiles import LADDERS, tiles
 from dovetail.runtime.tokens import padded_rows
 
 SIZES = {"small": (64, 256, 128), "medium": (64, 1024, 512), "OLMoE": (16, 2048, 1024)}
 """Experts of a layer, hidden and intermediate size; of OLMoE's 64 experts 16."""
 ROWS = (1, 4, 8, 16, 32, 64, 128)
-Route = Callable[[Tensor], Tensor]
-"""``[experts * rows, hidden] -> [experts * rows, hidden]``."""
+TOP_K = 8
+Product = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """A step's tokens ``x [tokens, hidden]`` and, expert by expert, which of them each takes and
+    with what weight, ``[experts * rows]``."""
+
+    x: Tensor
+    rows: Tensor
+    weights: Tensor
+    each: int
+
+    @classmethod
+    def random(cls, experts: int, each: int, hidden: int) -> "Rows":
+        """``each`` tokens for every expert, of a step in which a token has TOP_K experts."""
+        seed = torch.Generator().manual_seed(each)
+        tokens = max(each, experts * each // TOP_K)
+        x = torch.randn(tokens, hidden, generator=seed).to(torch.bfloat16)
+        chosen = [torch.randperm(tokens, generator=seed)[:each] for _ in range(experts)]
+        weights = torch.rand(experts * each, 1, generator=seed)
+        return cls(x, torch.cat(chosen), weights, each)
+
+
+Route = Callable[[Rows], Tensor]
+"""The sum over experts, ``[tokens, hidden]`` in float32."""
 
 
 @dataclass(frozen=True, slots=True)
 class Timed:
-    """Microseconds of a layer's experts by each route, and the largest error of each against the
-    16-bit loop, as a share of its root mean square."""
+    """Microseconds of a layer's experts by each route, and the error of each against the 16-bit
+    loop, as a share of its root mean square."""
 
     size: str
     rows: int
@@ -41,18 +69,51 @@ class Timed:
     errors: Mapping[str, float]
 
 
-def loop_route(gate: Tensor, up: Tensor, down: Tensor) -> Route:
+def one_by_one(experts: Sequence[Product]) -> Route:
     """One expert after the other, in tiles, as the executor does."""
 
-    def run(x: Tensor) -> Tensor:
-        out = []
-        rows = len(x) // len(gate)
-        numbers = torch.arange(len(x))
-        for expert in range(len(gate)):
-            own = padded_rows(x, numbers[expert * rows : (expert + 1) * rows], LADDERS[0])
-            h = F.silu(F.linear(own, gate[expert])) * F.linear(own, up[expert])
-            out.append(F.linear(h, down[expert])[:rows])
-        return torch.cat(out)
+    def run(step: Rows) -> Tensor:
+        total = torch.zeros(step.x.shape, dtype=torch.float32)
+        for number, expert in enumerate(experts):
+            at = slice(number * step.each, (number + 1) * step.each)
+            rows = step.rows[at]
+            y = expert(padded_rows(step.x, rows, LADDERS[0]))[: step.each].float()
+            total.index_add_(0, rows, y.mul_(step.weights[at]))
+        return total
+
+    return run
+
+
+def loop_route(gate: Tensor, up: Tensor, down: Tensor) -> Route:
+    """The 16-bit product of every expert on its own."""
+
+    def expert(g: Tensor, u: Tensor, d: Tensor) -> Product:
+        return lambda x: F.linear(F.silu(F.linear(x, g)) * F.linear(x, u), d)
+
+    return one_by_one([expert(*each) for each in zip(gate, up, down, strict=True)])
+
+
+def packed_route(gate: Tensor, up: Tensor, down: Tensor) -> Route:
+    """The same products, and all else for all experts at once."""
+
+    def products(x: Tensor, weights: Tensor, rows: int) -> Tensor:
+        out = x.new_empty(len(x), weights.shape[1])
+        for number, weight in enumerate(weights):
+            at = slice(number * rows, (number + 1) * rows)
+            torch.mm(x[at], weight.t(), out=out[at])
+        return out
+
+    def run(step: Rows) -> Tensor:
+        (tile,) = tiles(step.each, LADDERS[0])
+        spread = torch.zeros(len(gate), tile, dtype=torch.int64)
+        weights = torch.zeros(len(gate), tile)
+        spread[:, : step.each] = step.rows.view(-1, step.each)
+        weights[:, : step.each] = step.weights.view(-1, step.each)
+        rows = spread.view(-1)
+        x = step.x.index_select(0, rows)
+        y = products(F.silu(products(x, gate, tile)) * products(x, up, tile), down, tile)
+        total = torch.zeros(step.x.shape, dtype=torch.float32)
+        return total.index_add_(0, rows, y.float().mul_(weights.view(-1, 1)))
 
     return run
 
@@ -60,12 +121,14 @@ def loop_route(gate: Tensor, up: Tensor, down: Tensor) -> Route:
 def grouped_route(gate: Tensor, up: Tensor, down: Tensor) -> Route:
     """Three grouped products over all experts."""
 
-    def run(x: Tensor) -> Tensor:
-        rows = len(x) // len(gate)
-        ends = torch.arange(rows, len(x) + 1, rows, dtype=torch.int32)
+    def run(step: Rows) -> Tensor:
+        x = step.x.index_select(0, step.rows)
+        ends = torch.arange(step.each, len(x) + 1, step.each, dtype=torch.int32)
         h = F.silu(F.grouped_mm(x, gate.transpose(1, 2), offs=ends))
         h = h * F.grouped_mm(x, up.transpose(1, 2), offs=ends)
-        return F.grouped_mm(h, down.transpose(1, 2), offs=ends)
+        y = F.grouped_mm(h, down.transpose(1, 2), offs=ends)
+        total = torch.zeros(step.x.shape, dtype=torch.float32)
+        return total.index_add_(0, step.rows, y.float().mul_(step.weights))
 
     return run
 
@@ -77,18 +140,15 @@ def _by_channel(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def eight_bit_route(gate: Tensor, up: Tensor, down: Tensor, kind: str) -> Route:
     """One expert after the other with int8 weights, one scale for each output channel."""
-    packed = [[_packed(w, kind) for w in each] for each in zip(gate, up, down, strict=True)]
 
-    def run(x: Tensor) -> Tensor:
-        out = []
-        for (g, u, d), own in zip(packed, x.chunk(len(packed)), strict=True):
-            out.append(d(F.silu(g(own)) * u(own)))
-        return torch.cat(out)
+    def expert(g: Product, u: Product, d: Product) -> Product:
+        return lambda x: d(F.silu(g(x)) * u(x))
 
-    return run
+    made = ([_eight_bit(w, kind) for w in each] for each in zip(gate, up, down, strict=True))
+    return one_by_one([expert(*each) for each in made])
 
 
-def _packed(weight: Tensor, kind: str) -> Route:
+def _eight_bit(weight: Tensor, kind: str) -> Product:
     """A product with one int8 matrix."""
     eight, scale = _by_channel(weight)
     if kind == "int8pack":
@@ -120,18 +180,17 @@ def _packed(weight: Tensor, kind: str) -> Route:
 def timed(size: str, rows: int, routes: Mapping[str, Route], seconds: float) -> Timed:
     """Time the routes in turns for so many seconds."""
     experts, hidden, _ = SIZES[size]
-    x = torch.randn(experts * rows, hidden, generator=torch.Generator().manual_seed(rows))
-    x = x.to(torch.bfloat16)
-    reference = routes["loop"](x).float()
+    step = Rows.random(experts, rows, hidden)
+    reference = routes["loop"](step)
     errors, best = {}, {}
     for name, route in routes.items():
-        apart = (route(x).float() - reference).square().mean() / reference.square().mean()
+        apart = (route(step) - reference).square().mean() / reference.square().mean()
         errors[name], best[name] = float(apart.sqrt()), float("inf")
     end = time.perf_counter() + seconds
     while time.perf_counter() < end:
         for name, route in routes.items():
             begin = time.thread_time()
-            route(x)
+            route(step)
             best[name] = min(best[name], 1e6 * (time.thread_time() - begin))
     return Timed(size, rows, best, errors)
 
@@ -170,6 +229,7 @@ def main() -> None:
             )
             routes = {
                 "loop": loop_route(gate, up, down),
+                "packed": packed_route(gate, up, down),
                 "grouped": grouped_route(gate, up, down),
                 "qlinear": eight_bit_route(gate, up, down, "qlinear"),
                 "int_mm": eight_bit_route(gate, up, down, "int_mm"),
