@@ -156,6 +156,15 @@ class Bucket:
     sizes: tuple[int, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Pack:
+    """Run experts in turn as one as long as they have no more than ``rows`` rows together: their
+    products stay apart, all else is done at once."""
+
+    role: Literal["experts"]
+    rows: int
+
+
 Move = (
     Dispatch
     | Place
@@ -168,4 +177,5 @@ Move = (
     | Pipeline
     | Assign
     | Bucket
+    | Pack
 )

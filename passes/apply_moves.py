@@ -18,6 +18,7 @@ from dovetail.ir.moves import (
     Fuse,
     Move,
     Overlap,
+    Pack,
     Pipeline,
     Place,
     Prefetch,
@@ -41,7 +42,8 @@ class Layout:
     group, ``expert_rows`` and ``head_rows`` the rows of one expert GEMM and of one head GEMM;
     ``buckets`` are the tile sizes of 16-bit products. ``accumulated`` experts run once over all
     groups' tokens, ``paged`` ones are copied page by page; with a ``barrier`` engines wait for each
-    other after every group. ``ram_which[i]`` names the experts in ram where a placement chose them.
+    other after every group. Experts in turn with at most ``pack`` rows together run as one.
+    ``ram_which[i]`` names the experts in ram where a placement chose them.
     Without ``device`` the CPU computes."""
 
     graph: TaskGraph
@@ -68,6 +70,7 @@ class Layout:
     pipelines: tuple[Pipeline, ...]
     device: gpu.Device | None
     fused: dict[str, tuple[tuple[str, ...], ...]]
+    pack: int = 0
 
     def chunks(self, layer: int) -> int:
         """How many streamed loads the layer's experts take."""
@@ -109,6 +112,7 @@ class Layout:
             block=max((p.block for p in self.prefetch.values()), default=DEFAULT_BLOCK),
             threads=self.threads,
             buckets=self.buckets,
+            pack=min(self.pack, self.expert_rows),
         )
 
 
@@ -222,6 +226,9 @@ def _apply(layout: Layout, move: Move) -> Layout:
                     f"bucket: sizes must be ascending and positive, found {move.sizes}"
                 )
             return replace(layout, buckets=move.sizes)
+        case Pack():
+            _positive(move, rows=move.rows)
+            return replace(layout, pack=move.rows)
         case Fuse():
             return _fuse(layout, move)
 

@@ -222,23 +222,27 @@ class Costs:
             )
         return curves[dtype]
 
-    def expert_seconds(self, experts: Experts, workers: Workers, rows: float, tile: int) -> float:
+    def expert_seconds(
+        self, experts: Experts, workers: Workers, rows: float, tile: int, pack: int = 0
+    ) -> float:
         """Mean seconds of one expert that ``rows`` tokens choose on average, each on its own, in
-        GEMMs of at most ``tile`` rows."""
+        GEMMs of at most ``tile`` rows, beside others in packs of ``pack`` rows."""
         if rows <= 0:
             return 0.0
         spread = math.sqrt(rows)
         weights = {rows - spread: 0.25, rows: 0.5, rows + spread: 0.25}
         return sum(
-            weight * self._expert_seconds(experts, workers, max(1.0, n), tile)
+            weight * self._expert_seconds(experts, workers, max(1.0, n), tile, pack)
             for n, weight in weights.items()
         )
 
-    def _expert_seconds(self, experts: Experts, workers: Workers, rows: float, tile: int) -> float:
+    def _expert_seconds(
+        self, experts: Experts, workers: Workers, rows: float, tile: int, pack: int
+    ) -> float:
         item = ITEMSIZE[workers.dtype]
         flops = 2 * rows * expert_parameters(experts)
         moved = rows * (4 * experts.hidden + 6 * experts.intermediate) * item
-        ops = 12 * self._fixed_seconds(workers) * max(1.0, rows / tile)
+        ops = _expert_ops(rows, tile, pack) * self._fixed_seconds(workers)
         whole, rest = divmod(rows, tile)
         gemm = sum(
             count * self.gemm_seconds(flops * n / rows, n, workers)
@@ -246,3 +250,10 @@ class Costs:
             if count and n
         )
         return gemm + moved / self._machine.memory_bandwidth + ops
+
+
+def _expert_ops(rows: float, tile: int, pack: int) -> float:
+    """Operators of one expert: three products, and its share of those that a pack takes together;
+    a pack has some more to say which rows are whose."""
+    together = pack // max(1.0, rows)
+    return 3 + 16 / together if together >= 2 else 12 * max(1.0, rows / tile)

@@ -158,7 +158,9 @@ class Durations:
         hit = 1 - (1 - experts.top_k / experts.count) ** tokens
         rows = tokens * experts.top_k / (experts.count * hit)
         count = len(self._program.settings.chunk_experts(run.layer, run.chunk)) * hit
-        one = self._costs.expert_seconds(experts, self._workers, rows, layout.expert_rows)
+        one = self._costs.expert_seconds(
+            experts, self._workers, rows, layout.expert_rows, layout.settings.pack
+        )
         return count * one / layout.workers
 
 

@@ -20,6 +20,7 @@ from dovetail.ir.program import Program, unroll
 from dovetail.ir.task_graph import TaskGraph
 from dovetail.runtime.attention import attention
 from dovetail.runtime.direct_io import Reader, direct_span
+from dovetail.runtime.expert_packs import packs, run_pack
 from dovetail.runtime.group_state import GroupState
 from dovetail.runtime.kv_store import KvGroup, KvStore
 from dovetail.runtime.memory_weights import MemoryWeights
@@ -371,21 +372,31 @@ class Runtime:
         begin = clock()
         routing, tokens = self._routing, self._tokens
         assert routing is not None and tokens is not None
-        tile = self.program.settings.expert_rows
+        settings = self.program.settings
         total = tokens.sums[worker]
         unit = "ram" if chunk < 0 else "experts"
         loaded = self._unit(worker, unit, "experts", layer)
-        experts = self.program.settings.chunk_experts(layer, chunk)
-        for expert, weights in zip(experts, loaded, strict=True):
-            if routing.owner[expert] != worker:
-                continue
-            first, last = routing.offsets[expert], routing.offsets[expert + 1]
-            for start in range(first, last, tile):
-                stop = min(start + tile, last)
-                rows = routing.rows[start:stop]
-                y = function(tokens.select(rows), weights)[: stop - start].to(total.dtype)
-                total.index_add_(0, rows, y.mul_(routing.weights[start:stop]))
+        weights = dict(zip(settings.chunk_experts(layer, chunk), loaded, strict=True))
+        own = [expert for expert in weights if routing.owner[expert] == worker]
+        sizes = settings.buckets if self._dtype.itemsize == 2 else ()
+        for pack in packs(own, routing.offsets, settings.pack, sizes):
+            if len(pack) > 1:
+                parts = [weights[expert] for expert in pack]
+                run_pack(function, tokens, routing, pack, parts, total, sizes)
+            else:
+                self._run_expert(function, pack[0], weights[pack[0]], total)
         self.recorder.add(f"cpu{worker}", "run", function.__name__, layer, begin, clock())
+
+    def _run_expert(self, function: Any, expert: int, weights: Tensors, total: Tensor) -> None:
+        routing, tokens = self._routing, self._tokens
+        assert routing is not None and tokens is not None
+        tile = self.program.settings.expert_rows
+        first, last = routing.offsets[expert], routing.offsets[expert + 1]
+        for start in range(first, last, tile):
+            stop = min(start + tile, last)
+            rows = routing.rows[start:stop]
+            y = function(tokens.select(rows), weights)[: stop - start].to(total.dtype)
+            total.index_add_(0, rows, y.mul_(routing.weights[start:stop]))
 
     def run_head(self, worker: int, function: Any, layer: int, unit: str) -> None:
         """Run the epilogue on this worker's share of the sequences and choose their tokens."""

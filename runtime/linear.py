@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dovetail.ir.gemm_tiles import tiles
+from dovetail.runtime.packed import Packed
 
 
 class TiledLinear:
@@ -16,8 +17,13 @@ class TiledLinear:
     def __init__(self, sizes: Sequence[int]) -> None:
         self._sizes = tuple(sizes)
 
-    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """The product."""
+    def __call__(
+        self, x: Tensor, weight: Tensor | Packed, bias: Tensor | Packed | None = None
+    ) -> Tensor:
+        """The product; rows of packs are in tiles already."""
+        if isinstance(weight, Packed):
+            return weight.linear(x, bias if isinstance(bias, Packed) else None)
+        assert not isinstance(bias, Packed)
         if x.dtype.itemsize != 2:
             return F.linear(x, weight, bias)
         rows = x.numel() // x.shape[-1]

@@ -2,7 +2,8 @@
 
 A point is a value per knob. It is turned into moves by the policy ``module_batch``, of which the
 other policies are cases, and by what no policy decides: the size of a disk read, threads per
-worker, and which tiles 16-bit products take for how many rows.
+worker, which tiles 16-bit products take for how many rows, and for how many rows experts run in
+packs.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -10,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from dovetail.ir import codec
 from dovetail.ir.gemm_tiles import LADDERS
-from dovetail.ir.moves import Bucket, Move, Overlap, Prefetch
+from dovetail.ir.moves import Bucket, Move, Overlap, Pack, Prefetch
 from dovetail.ir.task_graph import ITEMSIZE
 from dovetail.passes.apply_moves import Layout, apply_moves
 from dovetail.passes.memory import ram_bytes
@@ -24,10 +25,12 @@ REACH = 3
 MIB = 1 << 20
 BLOCKS = (1 * MIB, 2 * MIB, 4 * MIB, 8 * MIB, 16 * MIB)
 SHORTEST_PIECE = 16
+PACKS = (0, 64, 256, 1024)
+"""Rows of a pack of experts; with more, what lies between their products leaves the caches."""
 
 GROUPS: Mapping[str, tuple[str, ...]] = {
     "disk": ("readers", "slots", "dense_slots", "block", "chunk", "embed"),
-    "experts": ("expert_rows", "tiles", "seqs", "prefill_tokens"),
+    "experts": ("expert_rows", "pack", "tiles", "seqs", "prefill_tokens"),
     "groups": ("rows", "attn_tokens", "chunk_tokens", "head_rows", "workers", "threads", "refill"),
 }
 """Which part of a step's time a knob acts on first."""
@@ -95,7 +98,7 @@ class Space(Ladders):
     def build(self, point: Point) -> Built:
         """The schedule of a point."""
         setting = self.setting
-        knobs = {k: v for k, v in point.items() if k not in ("block", "tiles", "threads")}
+        knobs = {k: v for k, v in point.items() if k not in ("block", "tiles", "threads", "pack")}
         made = module_batch.moves(setting, knobs | {"refill": bool(point["refill"])})
         if made is None:
             return Built(over=1.0, why="its buffers alone exceed the budget")
@@ -124,6 +127,7 @@ def point_of(layout: Layout) -> dict[str, int]:
         "readers": layout.readers,
         "block": experts.block if experts else BLOCK,
         "expert_rows": min(layout.expert_rows, 1 << 14),
+        "pack": layout.pack,
         "head_rows": min(layout.head_rows, 1 << 14),
         "workers": layout.workers,
         "threads": layout.threads,
@@ -167,6 +171,8 @@ def _adjusted(moves: Iterable[Move], point: Point) -> Iterator[Move]:
                 yield Bucket(LADDERS[point["tiles"]])
             case _:
                 yield move
+    if point["pack"]:
+        yield Pack("experts", point["pack"])
 
 
 def _ladders(setting: Setting, base: Point) -> dict[str, tuple[int, ...]]:
@@ -182,6 +188,7 @@ def _ladders(setting: Setting, base: Point) -> dict[str, tuple[int, ...]]:
         "readers": (1, 2, 4),
         "block": BLOCKS,
         "workers": tuple(range(1, cores + 1)),
+        "pack": PACKS,
         "threads": tuple(n for n in (1, 2, 4, 8) if n * base["workers"] <= cores or n == 1),
     }
     if "tiles" in base:
