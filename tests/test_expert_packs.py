@@ -33,9 +33,9 @@ def test_packs_hold_every_expert_with_rows_once(
         if len(pack) > 1:
             assert sum(map(sum, own)) <= most and all(len(each) == 1 for each in own)
     for pack, after in pairwise(found):
-        own = [counts[expert] for expert in (*pack, after[0])]
+        rows = [counts[expert] for expert in (*pack, after[0])]
         if not sizes and most:
-            assert sum(own) > most, "a pack is as large as it may be"
+            assert sum(rows) > most, "a pack is as large as it may be"
 
 
 def test_packs_are_bounded_by_the_rows_of_a_product() -> None:
