@@ -48,7 +48,7 @@ def emit_executor(graph: TaskGraph, program: Program, title: Mapping[str, str]) 
         if segment.over == "experts":
             lines += emit_expert(body, segment)
         else:
-            lines += emit_segment(graph, body, segment, program)
+            lines += emit_segment(graph, body, segment)
     for names, instructions in _same_engines(program):
         lines += ["", ""]
         lines += _emit_engine(names, instructions, program, bodies)

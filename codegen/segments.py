@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 from dovetail.codegen.ops import Names, op_text
 from dovetail.ir.expr import DIMS, Q_LEN, SEQS, evaluate
-from dovetail.ir.program import Program, Segment
+from dovetail.ir.program import Segment
 from dovetail.ir.task_graph import (
     ITEMSIZE,
     Arg,
@@ -49,7 +49,7 @@ def local(name: str) -> str:
     return f"{name}_" if name in _TAKEN or keyword.iskeyword(name) else name
 
 
-def emit_segment(graph: TaskGraph, body: Body, segment: Segment, program: Program) -> list[str]:
+def emit_segment(graph: TaskGraph, body: Body, segment: Segment) -> list[str]:
     """A function ``(m, g, v, w, layer)`` that runs the segment's tasks on one group. The epilogue
     takes the hidden states of the sequences instead of a group's values and returns logits."""
     tasks = [task for task in body.tasks if task.name in segment.tasks]
@@ -125,8 +125,10 @@ def _call(task: Task, op: Op, spell: Names, handles: bool) -> str:
         return f"g.kv.update(layer, {args}, materialise={not handles})"
     if op.target == "dovetail.attention":
         args = ", ".join(spell(a.name) if isinstance(a, Ref) else repr(a) for a in op.args)
-        chunk = f", chunk={op.kwargs['chunk']}" if "chunk" in op.kwargs else ""
-        return f"m.attention({args}, g.kv{chunk})"
+        more = f", chunk={op.kwargs['chunk']}" if "chunk" in op.kwargs else ""
+        latent = op.kwargs.get("latent")
+        more += f", latent=(linear, {spell(latent.name)})" if isinstance(latent, Ref) else ""
+        return f"m.attention({args}, g.kv{more})"
     if task.role is Role.EMBED and op.target.startswith("aten.embedding"):
         table, ids = (a.name for a in op.args if isinstance(a, Ref))
         return f'm.embedding(w, "{table}", {spell(ids)})'
@@ -162,7 +164,7 @@ def _kv_handles(ops: list[Op]) -> bool:
     """Whether the KV store's tensors go straight into attention, so that they need no copy."""
     stored = {name for op in ops if op.target == "dovetail.kv_update" for name in op.outs}
     users = [op for op in ops if stored & set(op.uses())]
-    return all(op.target == "dovetail.attention" for op in users)
+    return all(op.target == "dovetail.attention" and "latent" not in op.kwargs for op in users)
 
 
 def _input_text(graph: TaskGraph, body: Body, name: str, segment: Segment) -> str:

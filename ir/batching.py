@@ -27,7 +27,8 @@ class Admission:
     ``prefill_tokens`` those of a step (a single sequence may exceed both). Without ``refill`` a
     wave is finished before the next one starts. ``chunk_tokens`` bounds the piece of a prompt that
     one step takes (0: the whole prompt). ``cuts`` are the layers at which layered prefill cuts the
-    model, from 0 to the number of layers (empty: it does not)."""
+    model, from 0 to the number of layers (empty: it does not). No row of the KV store crosses
+    ``wall``, the token at which it goes on in another tier (0: it is all in one)."""
 
     seqs: int
     kv_tokens: int
@@ -37,6 +38,7 @@ class Admission:
     refill: bool = True
     chunk_tokens: int = 0
     cuts: tuple[int, ...] = ()
+    wall: int = 0
 
     def piece(self, tokens: int) -> int:
         """How many of the ``tokens`` that are left of a prompt its next step takes."""
@@ -162,12 +164,13 @@ class Batcher:
     def __init__(self, requests: Iterable[Request], admission: Admission) -> None:
         self._waiting = deque(sorted(requests, key=lambda r: (-r.length - r.new_tokens, r.index)))
         self._admission = admission
-        self._space = TokenSpace(admission.kv_tokens)
+        self._space = TokenSpace(admission.kv_tokens, admission.wall)
         self._cohorts: list[_Cohort] = []
         self._stage = 0
         for request in self._waiting:
             need = row_tokens(request.length, request.new_tokens)
-            assert need <= admission.kv_tokens, f"a row of {need} tokens exceeds the KV store"
+            most = max(admission.wall, admission.kv_tokens - admission.wall)
+            assert need <= most, f"a row of {need} tokens exceeds the KV store"
 
     @property
     def in_flight(self) -> int:

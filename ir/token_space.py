@@ -2,10 +2,12 @@
 
 
 class TokenSpace:
-    """A range of ``size`` tokens that is taken in parts; neighbouring free parts merge."""
+    """A range of ``size`` tokens that is taken in parts; neighbouring free parts merge, but not
+    over the ``wall``, which no part crosses."""
 
-    def __init__(self, size: int) -> None:
-        self._free = [(0, size)]
+    def __init__(self, size: int, wall: int = 0) -> None:
+        self._wall = wall
+        self._free = [part for part in ((0, wall), (wall, size - wall)) if part[1]]
 
     def take(self, size: int) -> int | None:
         """The start of a free part of ``size`` tokens, now taken; None if there is none."""
@@ -24,7 +26,7 @@ class TokenSpace:
         """Give a part back."""
         merged: list[tuple[int, int]] = []
         for begin, length in sorted([*self._free, (start, size)]):
-            if merged and merged[-1][0] + merged[-1][1] == begin:
+            if merged and merged[-1][0] + merged[-1][1] == begin != self._wall:
                 merged[-1] = (merged[-1][0], merged[-1][1] + length)
             else:
                 merged.append((begin, length))

@@ -2,12 +2,12 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
 
-from dovetail.ir.batching import Batcher, Group, Request, Step
+from dovetail.ir.batching import Admission, Batcher, Group, Request, Step
 from dovetail.ir.program import Program
 from dovetail.ir.task_graph import TaskGraph
 from dovetail.runtime.executor import Runtime
@@ -41,8 +41,29 @@ Observer = Callable[[Sequence[tuple[int, int]], Tensor], None]
 """Is shown the logits ``[n, vocab]``, only lent, of n (request, number of the new token)."""
 
 
-class Generator:
-    """Generates for many prompts under one program.
+class StepRunner(Protocol):
+    """What runs steps: the CPU's runtime or a GPU's."""
+
+    def start(self) -> None:
+        """Set memory aside and load what stays resident."""
+
+    def stop(self) -> None:
+        """Give everything back."""
+
+    def run_step(self, step: Step, inputs: Sequence[Mapping[str, Tensor]]) -> Tensor:
+        """The next token of every sequence that gets one, in the order of ``step.receivers``."""
+
+    def leave(self, indices: Sequence[int]) -> None:
+        """Forget sequences that have ended."""
+
+
+R = TypeVar("R", bound=StepRunner)
+Choose = Callable[[Tensor, Sequence[int]], Tensor]
+"""Turns logits ``[n, vocab]`` of the step's receivers with these numbers into tokens ``[n]``."""
+
+
+class Generation(Generic[R]):
+    """Generates for many prompts on what ``make_runtime`` gives; ``admission`` says how they enter.
 
     ``prompts`` maps each request's index to its token ids. Use as a context manager; ``steps``
     yields a report per step. Raises what the executor raises. ``observer``, if set, is shown all
@@ -51,26 +72,23 @@ class Generator:
 
     def __init__(
         self,
-        graph: TaskGraph,
-        program: Program,
-        constants: Mapping[str, Tensor],
-        index: CheckpointIndex | MemoryWeights,
-        functions: Mapping[str, Any],
+        admission: Admission,
+        make_runtime: Callable[[Choose], R],
         sampling: Sampling,
         stop_tokens: Sequence[int],
     ) -> None:
         self._sampling, self._stop = sampling, frozenset(stop_tokens)
-        self._admission = program.settings.admission
+        self._admission = admission
         self._made: dict[int, list[int]] = {}
         self._order: list[int] = []
         self.observer: Observer | None = None
-        self.runtime = Runtime(graph, program, constants, index, functions, self._choose)
+        self.runtime = make_runtime(self._choose)
 
     def configure(self, sampling: Sampling, stop_tokens: Sequence[int]) -> None:
         """Choose tokens like this from the next run of ``steps`` on."""
         self._sampling, self._stop = sampling, frozenset(stop_tokens)
 
-    def __enter__(self) -> "Generator":
+    def __enter__(self) -> Self:
         self.runtime.start()
         return self
 
@@ -118,9 +136,31 @@ class Generator:
         positions = torch.minimum(held + torch.arange(group.q_len), last)
         return {"input_ids": padded, "position_ids": positions}
 
-    def _choose(self, logits: Tensor, places: range) -> Tensor:
+    def _choose(self, logits: Tensor, places: Sequence[int]) -> Tensor:
         indices = [self._order[place] for place in places]
         who = [(index, len(self._made.get(index, []))) for index in indices]
         if self.observer is not None:
             self.observer(who, logits)
-        return choose(logits, self._sampling, [] if self._sampling.greedy else who)
+        if self._sampling.greedy:
+            return choose(logits, self._sampling, [])
+        # Drawn on the host, so that a seed gives the same text wherever the logits were made.
+        return choose(logits.cpu(), self._sampling, who)
+
+
+class Generator(Generation[Runtime]):
+    """Generates under one program on this machine's processor."""
+
+    def __init__(
+        self,
+        graph: TaskGraph,
+        program: Program,
+        constants: Mapping[str, Tensor],
+        index: CheckpointIndex | MemoryWeights,
+        functions: Mapping[str, Any],
+        sampling: Sampling,
+        stop_tokens: Sequence[int],
+    ) -> None:
+        def runtime(choose: Choose) -> Runtime:
+            return Runtime(graph, program, constants, index, functions, choose)
+
+        super().__init__(program.settings.admission, runtime, sampling, stop_tokens)

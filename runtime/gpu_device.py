@@ -5,10 +5,14 @@ Nothing here has run on a GPU; the fake device checks the order of what is asked
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from dovetail.ir.errors import ModelError
 from dovetail.ir.gpu_program import HOST_ENGINES
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +66,25 @@ class Device(Protocol):
         """Block until everything has ended."""
 
 
+class ComputeDevice(Device, Protocol):
+    """A device that does real work: memory as tensors."""
+
+    memory: dict[str, "Tensor"]
+    compute: "torch.device"
+
+    def bytes_of(self, buffer: Buffer) -> "Tensor":
+        """The buffer's bytes as a tensor [nbytes] of uint8."""
+
+    def host_tensor(self, shape: tuple[int, ...], dtype: "torch.dtype") -> "Tensor":
+        """Memory of the host from and to which streams copy without waiting."""
+
+    def keep(self, tensor: "Tensor") -> None:
+        """The tensor, made on another stream perhaps, is used by the stream that works now."""
+
+    def close(self) -> None:
+        """Let all memory go."""
+
+
 class CudaDevice:
     """A GPU by torch: an engine is a stream, or, of the host, the thread that calls.
 
@@ -83,7 +106,8 @@ class CudaDevice:
         self._torch, self._work = torch, work
         self._index = index
         self._streams: dict[str, Any] = {}
-        self.memory: dict[str, Any] = {}
+        self.memory: dict[str, Tensor] = {}
+        self.compute = torch.device("cuda", index)
 
     def allocate(self, tier: str, nbytes: int, owner: str) -> None:
         """Bytes in hbm, or pinned in ram."""
@@ -94,9 +118,24 @@ class CudaDevice:
             made = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
         self.memory[owner] = made
 
-    def bytes_of(self, buffer: Buffer) -> Any:
+    def bytes_of(self, buffer: Buffer) -> "Tensor":
         """The buffer's bytes as a tensor [nbytes] of uint8."""
         return self.memory[buffer.owner][buffer.start : buffer.start + buffer.nbytes]
+
+    def host_tensor(self, shape: tuple[int, ...], dtype: "torch.dtype") -> "Tensor":
+        """Pinned memory."""
+        return self._torch.empty(shape, dtype=dtype, pin_memory=True)
+
+    def keep(self, tensor: "Tensor") -> None:
+        """Torch's allocator gives a tensor's memory to others on the stream that made it, unless it
+        is told who else uses it."""
+        if tensor.is_cuda:
+            tensor.record_stream(self._cuda.current_stream(self._index))
+
+    def close(self) -> None:
+        """Wait for all streams and let the memory go."""
+        self.finish()
+        self.memory.clear()
 
     def launch(self, engine: str, launch: Launch) -> None:
         """Do the work: at once on the host, on the engine's stream otherwise."""

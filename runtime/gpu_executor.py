@@ -19,21 +19,21 @@ from dovetail.runtime.pools import TierBudget
 class GpuExecutor:
     """An emitted executor at work on a device; ``functions`` is the emitted module's namespace.
 
-    Raises BudgetError where the pools do not fit beside what else the plan keeps in a tier.
+    Without ``budgets`` what the plan keeps in a tier beside the pools counts as it was predicted;
+    else they hold what was set aside already. Raises BudgetError where the pools do not fit.
     """
 
-    def __init__(self, program: GpuProgram, device: Device, functions: Mapping[str, Any]) -> None:
-        self.program, self.device = program, device
-        self.ops = program.ops()
-        self.budgets = {t: TierBudget(size, t) for t, size in program.capacity.items()}
-        for tier, budget in self.budgets.items():
-            for what, nbytes in program.reserved.get(tier, {}).items():
-                budget.reserve(nbytes, what)
-        for pool in program.pools:
-            if pool.tier in self.budgets:
-                self.budgets[pool.tier].reserve(pool.nbytes, f"pool {pool.name}")
-            device.allocate(pool.tier, pool.nbytes, pool.name)
-        self._functions = functions
+    def __init__(
+        self,
+        program: GpuProgram,
+        device: Device,
+        functions: Mapping[str, Any],
+        budgets: Mapping[str, TierBudget] | None = None,
+    ) -> None:
+        self.device = device
+        self.budgets = budgets or _predicted(program)
+        self._pools: dict[str, int] = {}
+        self.use(program, functions)
         self._changed = threading.Condition()
         self._slots: dict[Instance, int] = {}
         self._events: dict[Instance, Event] = {}
@@ -41,6 +41,24 @@ class GpuExecutor:
         self._wanted: dict[str, Instance] = {}
         self._running = 0
         self._error: BaseException | None = None
+
+    def use(self, program: GpuProgram, functions: Mapping[str, Any]) -> None:
+        """Run this program from now on. Raises BudgetError where a pool that it alone has does not
+        fit, VerifyError where one that others have is too small for it."""
+        self.program, self._functions = program, functions
+        self.ops = program.ops()
+        for pool in program.pools:
+            if pool.nbytes <= self._pools.get(pool.name, -1):
+                continue
+            if pool.name in self._pools:
+                raise VerifyError(
+                    f"pool {pool.name} has {self._pools[pool.name]} bytes, expected the "
+                    f"{pool.nbytes} that a later step wants: use the largest program first"
+                )
+            if pool.tier in self.budgets:
+                self.budgets[pool.tier].reserve(pool.nbytes, f"pool {pool.name}")
+            self.device.allocate(pool.tier, pool.nbytes, pool.name)
+            self._pools[pool.name] = pool.nbytes
 
     def run_step(self) -> None:
         """Run one step; returns when the device has ended it. Raises what an engine raised, and
@@ -133,6 +151,15 @@ class GpuExecutor:
             )
         size = self.program.pool(op.takes).slot_bytes
         return Buffer(op.takes, slot * size, size)
+
+
+def _predicted(program: GpuProgram) -> dict[str, TierBudget]:
+    """The tiers with what is predicted to be in them beside the pools."""
+    budgets = {tier: TierBudget(size, tier) for tier, size in program.capacity.items()}
+    for tier, budget in budgets.items():
+        for what, nbytes in program.reserved.get(tier, {}).items():
+            budget.reserve(nbytes, what)
+    return budgets
 
 
 class GpuEngine:

@@ -8,7 +8,7 @@ import math
 import mmap
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -93,10 +93,21 @@ class KvHandle:
     views: tuple[Tensor, ...]
 
 
+class KvArenas(Protocol):
+    """Keys and values of every layer that keeps any, token by token."""
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens fit."""
+
+    def arenas(self, layer: int) -> tuple[Tensor, Tensor]:
+        """The keys and values of all tokens of a layer."""
+
+
 class KvGroup:
     """One step's view of the store for a group: indices are worked out once, for all layers."""
 
-    def __init__(self, store: KvStore, group: Group) -> None:
+    def __init__(self, store: KvArenas, group: Group, device: torch.device | None = None) -> None:
         self.store = store
         self.group = group
         self.held = tuple(member.held for member in group.members)
@@ -107,7 +118,7 @@ class KvGroup:
         assert last + group.stride <= store.tokens, "a row lies beyond the KV store"
         self.runs = _runs(group.members, ends, group.stride)
         slots = [member.offset + member.held for member in group.members]
-        self._slots = torch.tensor(slots) if group.q_len == 1 else None
+        self._slots = torch.tensor(slots, device=device) if group.q_len == 1 else None
         self._memo: dict[Hashable, Any] = {}
 
     def memo(self, key: Hashable, make: Callable[[], T]) -> T:
@@ -153,7 +164,7 @@ class KvGroup:
         if len(self.runs) == 1 and self.runs[0].kv_len == total:
             return self._views(arena)[0]
         shape = (len(self.held), total, *arena.shape[1:])
-        gathered = torch.zeros(shape, dtype=arena.dtype).transpose(1, 2)
+        gathered = torch.zeros(shape, dtype=arena.dtype, device=arena.device).transpose(1, 2)
         for run, view in zip(self.runs, self._views(arena), strict=True):
             gathered[run.first : run.last, :, : run.kv_len].copy_(view)
         return gathered

@@ -20,7 +20,7 @@ from dovetail.runtime.pools import tensor_view, torch_dtype
 from dovetail.runtime.safetensors_index import CheckpointIndex, Run, TensorEntry, adjacent_runs
 
 Tensors = dict[str, Tensor]
-_PIECE = "#"
+PIECE = "#"
 """Between a weight's name and the number of its piece."""
 CONVERT_LIMIT = 4 << 20
 """Largest tensor of a streamed unit that may be converted to another dtype on the way."""
@@ -133,7 +133,7 @@ class WeightStore:
             yield _Slot(weight.fqn, entry, weight.shape, weight.dtype)
         for number, key in enumerate(weight.pieces):
             entry = self._entry(key.format(layer=layer))
-            yield _Slot(f"{weight.fqn}{_PIECE}{number}", entry, entry.shape, weight.dtype)
+            yield _Slot(f"{weight.fqn}{PIECE}{number}", entry, entry.shape, weight.dtype)
 
     def _expert_entry(
         self, key: str, shape: tuple[int, ...], layer: int, expert: int, stacked: bool, count: int
@@ -171,8 +171,8 @@ class WeightStore:
 def _joined(tensors: Tensors) -> Tensors:
     """``tensors`` with those that come in pieces put together."""
     pieces: dict[str, list[Tensor]] = {}
-    for name in [name for name in tensors if _PIECE in name]:
-        pieces.setdefault(name.split(_PIECE)[0], []).append(tensors.pop(name))
+    for name in [name for name in tensors if PIECE in name]:
+        pieces.setdefault(name.split(PIECE)[0], []).append(tensors.pop(name))
     return tensors | {name: torch.cat(parts) for name, parts in pieces.items()}
 
 

@@ -23,6 +23,7 @@ from dovetail.ir.gpu_program import (
     shifted,
 )
 from dovetail.ir.workload import Workload
+from dovetail.passes.apply_moves import Layout
 from dovetail.passes.gpu.memory import tier_bytes, unit_sizes
 from dovetail.passes.gpu.predict import GpuPredictor
 from dovetail.passes.gpu.settle import Settled, settle
@@ -40,13 +41,18 @@ TIERS = {"staging": "ram", CPU_READS: "ram"}
 
 
 def lower_gpu(
-    predictor: GpuPredictor, work: StepWork, capacity: Mapping[str, int], group: int = 0
+    predictor: GpuPredictor,
+    work: StepWork,
+    capacity: Mapping[str, int],
+    group: int = 0,
+    longest: int = 0,
 ) -> GpuProgram:
     """The program of one step that does ``work``; ``capacity`` is the budget of each tier in bytes,
-    hbm that of one GPU; in layered prefill prompts pass the layers of ``group``. Raises VerifyError
-    where the engines' orders leave them waiting for each other."""
+    hbm that of one GPU; in layered prefill prompts pass the layers of ``group``. A buffer for KV
+    that is copied holds a sequence of ``longest`` tokens at least. Raises VerifyError where the
+    engines' orders leave them waiting for each other."""
     step = gpu_step(predictor, work, group)
-    pools = _pools(predictor, step)
+    pools = _pools(predictor, step, longest)
     settled = settle(step, {pool.name: pool.slots for pool in pools})
     outputs = _outputs(settled)
     waits = _waits(settled, outputs)
@@ -86,25 +92,35 @@ def simulated_seconds(predictor: GpuPredictor, work: StepWork) -> float:
     return max(settled.end.values())
 
 
-def _pools(predictor: GpuPredictor, step: GpuStep) -> tuple[Pool, ...]:
-    """The buffers that the plan's prefetch moves give, those that the step takes."""
+def kv_slot_tokens(layout: Layout, longest: int = 0) -> int:
+    """Tokens of a buffer for the KV of a group that is copied, for one of ``longest`` at least."""
+    return max(layout.rows * math.ceil(layout.dispatch.kv_tokens / layout.dispatch.seqs), longest)
+
+
+def _pools(predictor: GpuPredictor, step: GpuStep, longest: int = 0) -> tuple[Pool, ...]:
+    """The buffers that the plan's prefetch moves give, those that the step takes; of those that the
+    disk reads into, in whole pages."""
     layout, sizes = predictor.layout, unit_sizes(predictor.layout.graph)
     device, prefetch = layout.device, layout.prefetch
     assert device is not None
     used = tier_bytes(layout, predictor.costs.gpu.count)
     sent = 1 - device.linears_cpu / 100
-    group = layout.rows * math.ceil(layout.dispatch.kv_tokens / layout.dispatch.seqs)
-    read = max((op.nbytes for ops in step.layers for op in ops if op.takes == CPU_READS), default=0)
+    reads = (
+        math.ceil(op.nbytes / sizes.expert[layer - 1]) * sizes.expert_read[layer - 1]
+        for layer, ops in enumerate(step.layers)
+        for op in ops
+        if op.takes == CPU_READS
+    )
     made = {
         "dense": (prefetch["dense"].slots, math.ceil(max(sizes.dense, default=0) * sent)),
         "experts": (
             prefetch["experts"].slots,
             math.ceil(layout.chunk * max(sizes.expert, default=0) * sent),
         ),
-        "kv": (KV_BUFFERS, group * sizes.kv_layer),
+        "kv": (KV_BUFFERS, kv_slot_tokens(layout, longest) * sizes.kv_layer),
         "head": (1, sizes.head),
         "staging": (STAGING_BUFFERS, used["ram"]["staging"] // STAGING_BUFFERS),
-        CPU_READS: (1, read),
+        CPU_READS: (1, max(reads, default=0)),
     }
     taken = {op.takes for ops in step.layers for op in ops}
     return tuple(
@@ -117,7 +133,8 @@ def _pools(predictor: GpuPredictor, step: GpuStep) -> tuple[Pool, ...]:
 def _beside(parts: Mapping[str, int], tier: str, pools: Sequence[Pool]) -> dict[str, int]:
     """Bytes of a tier beside the pools, by what they hold; KV that is copied has its own pool."""
     staged = sum(pool.nbytes for pool in pools if pool.name == "kv" and tier == "hbm")
-    found = {name: size for name, size in parts.items() if name not in ("rings", "staging")}
+    pooled = ("rings", "staging", "cpu_reads")
+    found = {name: size for name, size in parts.items() if name not in pooled}
     return found | {"kv": max(0, found.get("kv", 0) - staged)}
 
 

@@ -3,7 +3,15 @@
 import math
 from dataclasses import dataclass
 
-from dovetail.ir.placement import dense_weights, embed_weights, experts_of, head_weights
+from dovetail.ir.moves import Dispatch
+from dovetail.ir.placement import (
+    dense_weights,
+    embed_weights,
+    expert_bytes,
+    experts_of,
+    head_weights,
+    weights_bytes,
+)
 from dovetail.ir.task_graph import ITEMSIZE, TaskGraph, Weight
 from dovetail.passes.apply_moves import Layout
 from dovetail.passes.device import Device
@@ -24,13 +32,16 @@ def tier_bytes(layout: Layout, gpus: int) -> dict[str, dict[str, int]]:
 @dataclass(frozen=True, slots=True)
 class UnitSizes:
     """Bytes of a model's units: layer by layer for dense weights, one expert's, and how many; of
-    KV for a token, in all layers and in that with the most."""
+    buffers that these are read from disk into, in whole blocks; of KV for a token, in all layers
+    and in that with the most."""
 
     embed: int
     head: int
     dense: tuple[int, ...]
     expert: tuple[int, ...]
     experts: tuple[int, ...]
+    dense_read: tuple[int, ...]
+    expert_read: tuple[int, ...]
     kv: int
     kv_layer: int
 
@@ -47,6 +58,8 @@ def unit_sizes(graph: TaskGraph) -> UnitSizes:
             dense=tuple(_size(dense_weights(graph.body(i))) for i in layers),
             expert=tuple(e.nbytes if e else 0 for e in specs),
             experts=tuple(e.count if e else 0 for e in specs),
+            dense_read=tuple(weights_bytes(dense_weights(graph.body(i))) for i in layers),
+            expert_read=tuple(expert_bytes(e) if e else 0 for e in specs),
             kv=graph.kv_bytes_per_token,
             kv_layer=max((b.kv.bytes_per_token for b in graph.bodies if b.kv), default=0),
         )
@@ -77,15 +90,16 @@ def _hbm(layout: Layout, device: Device, gpus: int) -> dict[str, int]:
             chunk = max(chunk, math.ceil(layout.chunk * nbytes * sent))
     if chunk:
         rings += layout.prefetch["experts"].slots * chunk
-    kv = layout.dispatch.kv_tokens * sizes.kv
+    kv = kv_wall(layout.dispatch, device) * sizes.kv
     staged = 0
     if device.kv_percent + device.attention_cpu < 100:
-        group = layout.rows * math.ceil(layout.dispatch.kv_tokens / layout.dispatch.seqs)
+        rows = math.ceil(layout.rows / gpus)
+        group = rows * math.ceil(layout.dispatch.kv_tokens / layout.dispatch.seqs)
         staged = 2 * group * sizes.kv_layer
     return {
         "resident": resident,
         "rings": rings,
-        "kv": math.ceil(kv * device.kv_percent / 100 / gpus) + staged,
+        "kv": math.ceil(kv / gpus) + staged,
         "tokens": math.ceil(step_tokens(layout) / gpus) * graph.hidden * 4 * ITEMSIZE[graph.dtype],
         "activations": math.ceil(activation_bytes(layout) / gpus),
     }
@@ -94,20 +108,33 @@ def _hbm(layout: Layout, device: Device, gpus: int) -> dict[str, int]:
 def _ram(layout: Layout, device: Device) -> dict[str, int]:
     sizes = unit_sizes(layout.graph)
     resident = (not device.embed) * sizes.embed + (not device.head) * sizes.head
-    staging = 0
+    staging = reads = 0
     for layer, dense in enumerate(sizes.dense):
         if not device.dense[layer]:
             if layout.dense_resident[layer]:
                 resident += dense
             else:
-                staging = max(staging, 2 * dense)
+                staging = max(staging, 2 * sizes.dense_read[layer])
         left = sizes.experts[layer] - device.experts[layer]
         resident += min(left, layout.experts_resident[layer]) * sizes.expert[layer]
         if left > layout.experts_resident[layer]:
-            staging = max(staging, 2 * layout.chunk * sizes.expert[layer])
-    kv = layout.dispatch.kv_tokens * sizes.kv
-    return {
-        "resident": resident,
-        "staging": staging,
-        "kv": math.ceil(kv * (100 - device.kv_percent) / 100),
-    }
+            staging = max(staging, 2 * layout.chunk * sizes.expert_read[layer])
+        reads = max(reads, _cpu_reads(layout, device, layer) * sizes.expert_read[layer])
+    in_ram = layout.dispatch.kv_tokens - kv_wall(layout.dispatch, device)
+    kv = in_ram * sizes.kv
+    return {"resident": resident, "staging": staging, "cpu_reads": reads, "kv": kv}
+
+
+def _cpu_reads(layout: Layout, device: Device, layer: int) -> int:
+    """Most experts of a layer that are read from disk for the CPU in a step."""
+    sizes, in_ram = unit_sizes(layout.graph), layout.experts_resident[layer]
+    cpu = round(sizes.experts[layer] * device.experts_cpu / 100)
+    if not device.by_load:
+        return max(0, cpu - in_ram)
+    on_disk = sizes.experts[layer] - device.experts[layer] - in_ram
+    return min(layout.chunk, cpu) if on_disk > 0 else 0
+
+
+def kv_wall(dispatch: Dispatch, device: Device) -> int:
+    """KV tokens in hbm: those of whole sequences, all of them of the mean length."""
+    return dispatch.kv_tokens * round(dispatch.seqs * device.kv_percent / 100) // dispatch.seqs

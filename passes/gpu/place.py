@@ -151,7 +151,8 @@ def _more_rings(layout: Layout) -> int:
 def _staging(layout: Layout, now: int) -> int:
     """Bytes of ram for what may come from disk after, and does not now."""
     sizes = unit_sizes(layout.graph)
-    largest = max([*sizes.dense, *(layout.chunk * size for size in sizes.expert)], default=0)
+    experts = (layout.chunk * size for size in sizes.expert_read)
+    largest = max([*sizes.dense_read, *experts], default=0)
     return max(0, 2 * largest - now)
 
 

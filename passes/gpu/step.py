@@ -38,6 +38,10 @@ class Kind:
         return tuple(dict.fromkeys(ref for refs in self.carry.values() for ref in refs))
 
 
+NOTHING = Kind((), {}, {}, {})
+"""A layer that nothing passes in a step."""
+
+
 @dataclass(frozen=True, slots=True)
 class GpuStep:
     """All operations of a step, ``layers`` of them from -1 on, with references that are there.
@@ -57,15 +61,16 @@ def gpu_step(predictor: GpuPredictor, work: StepWork, group: int = 0) -> GpuStep
     is neither in hbm nor in ram."""
     kinds: list[Kind] = [_prologue(predictor, work)]
     of_layer: dict[int, Kind] = {}
-    taking_in = layers_of(predictor, work, group)
     for layers in alike_layers(predictor.layout):
-        for part, does in (
-            ([i for i in layers if i in taking_in], work),
-            ([i for i in layers if i not in taking_in], StepWork(work.decode, None)),
-        ):
-            if part:
+        parts: dict[StepWork, list[int]] = {}
+        for layer in layers:
+            parts.setdefault(work_of(predictor, work, group, layer), []).append(layer)
+        for does, part in parts.items():
+            if does.decode or does.prefill:
                 loop = loop_body(predictor.layout, predictor.costs, does, part[0], fine=True)
                 of_layer |= dict.fromkeys(part, _kind(loop))
+            else:
+                of_layer |= dict.fromkeys(part, NOTHING)
     kinds += [of_layer[layer] for layer in sorted(of_layer)]
     kinds.append(_epilogue(predictor, work))
     layers_ops = tuple(
@@ -77,6 +82,13 @@ def gpu_step(predictor: GpuPredictor, work: StepWork, group: int = 0) -> GpuStep
         for name, value in kind.seconds.items()
     }
     return GpuStep(work, layers_ops, _queues(kinds), seconds)
+
+
+def work_of(predictor: GpuPredictor, work: StepWork, group: int, layer: int) -> StepWork:
+    """What a step does in ``layer``."""
+    if work.groups:
+        return StepWork.of(tuple(each for each in work.groups if each.takes(layer)))
+    return work if layer in layers_of(predictor, work, group) else StepWork(work.decode, None)
 
 
 def layers_of(predictor: GpuPredictor, work: StepWork, group: int) -> range:

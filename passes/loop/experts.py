@@ -91,7 +91,8 @@ def _streamed(
     b: Builder, experts: Experts, count: float, missing: float, after: Sequence[After] = ()
 ) -> list[str]:
     """Copies of ``count`` experts, of which ``missing`` are read from disk first; those are spread
-    evenly over the copies, so that the disk never waits for many others."""
+    evenly over the copies, so that the disk never waits for many others, and one of them comes
+    first: while the layer's tokens are not ready, its buffers hold what took longest to bring."""
     if count <= 0:
         return []
     loads = math.ceil(count / b.layout.chunk)
@@ -105,13 +106,23 @@ def _streamed(
     read = missing / reads * experts.nbytes if reads else 0.0
     names = []
     for i in range(bundles):
-        from_disk = (i + 1) * reads // bundles > i * reads // bundles
+        from_disk = -(-(i + 1) * reads // bundles) > -(-i * reads // bundles)
         names.append(b.bring(f"experts{i}", size, read if from_disk else 0.0, "experts", after))
-    # Copies of one kind are alike, those that wait for the disk and those that do not.
-    for reading in (True, False):
-        alike = [n for n in names if (f"read_{n.removeprefix('copy_')}" in b.classes) == reading]
-        b.chains.append(tuple(alike))
+    b.chain([f"read_{name}" for name in _units(names) if f"read_{name}" in b.classes])
+    _chain_alike(b, names, names)
     return names
+
+
+def _units(copies: Sequence[str]) -> list[str]:
+    return [name.removeprefix("copy_") for name in copies]
+
+
+def _chain_alike(b: Builder, copies: Sequence[str], names: Sequence[str]) -> None:
+    """Operations that belong to copies of one kind are alike: those that wait for the disk, and
+    those that do not."""
+    from_disk = [f"read_{name}" in b.classes for name in _units(copies)]
+    for reading in (True, False):
+        b.chain([n for n, read in zip(names, from_disk, strict=True) if read == reading])
 
 
 def _in_ram(b: Builder, experts: Experts) -> float:
@@ -155,6 +166,7 @@ def _gemms(b: Builder, seconds: float, copies: list[str], ready: Sequence[After]
         gemm = b.op(f"gemm{i}", "gpu0", seconds, [*ready, (copy, 0)], "run:experts")
         b.hold("experts", copy, [gemm])
         names.append(gemm)
+    _chain_alike(b, copies, names)
     return names
 
 
@@ -214,13 +226,20 @@ def _by_load(
     tail = b.costs.all_to_all(experts, b.work.tokens / gpus) + _tail_seconds(b, bundles)
     names = [b.op("experts_hbm", "gpu0", deal.held + tail, ready, "run:experts")]
     missing = 1 - _in_ram(b, experts)
-    copies = _streamed(b, experts, deal.copies / gpus, missing * deal.copies / gpus, ready)
+    count = deal.copies / gpus
+    # What is to run has a copy for every expert that may be wanted; many will have nothing to do.
+    if b.work.groups:
+        count = float(experts.count - len(held))
+        missing = float(b.layout.experts_resident[b.layer] < count)
+    copies = _streamed(b, experts, count, missing * count, ready)
     if copies:
         names += _gemms(b, deal.copied / len(copies), copies, ready)
-    if deal.host:
+    if deal.host or (b.work.groups and most):
         wanted = sum(load.count for load in b.costs.loads.of(b.layer, experts, None, b.work.tokens))
         wanted *= 1 - len(held) / experts.count
         nbytes = missing * max(0.0, wanted - deal.copies) * experts.nbytes
+        if b.work.groups:
+            nbytes = missing * b.layout.chunk * experts.nbytes
         read = b.read("cpu_experts", nbytes, "experts", ready)
         names.append(_on_host(b, min(b.work.tokens, deal.host_rows), deal.host, ready, read))
     return names

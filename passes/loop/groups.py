@@ -53,7 +53,9 @@ def dense(b: Builder) -> list[str]:
 def shapes(b: Builder) -> list[tuple[str, Shape]]:
     """(where its attention runs, sequences) of every bundle of groups, prefill first."""
     device, work = b.device, b.work
-    found: list[tuple[str, Shape]] = []
+    found: list[tuple[str, Shape]] = [(group.kind, group.shape) for group in work.groups]
+    if found:
+        return found
     if work.prefill:
         per_group = max(1, b.layout.attn_tokens // work.prefill.q_len)
         found += [("prefill", s) for s in _bundled(b, work.prefill, per_group, MAX_GROUPS // 2)]

@@ -14,14 +14,42 @@ Order = Mapping[str, tuple[tuple[str, int], ...]]
 
 
 @dataclass(frozen=True, slots=True)
+class StepGroup:
+    """A group of sequences of a step that is to run, by the kind of its attention; ``layers`` are
+    the first that it takes and that at which it stops (None: all)."""
+
+    kind: str
+    shape: Shape
+    layers: tuple[int, int] | None = None
+
+    def takes(self, layer: int) -> bool:
+        """Whether the group goes through ``layer``."""
+        return self.layers is None or self.layers[0] <= layer < self.layers[1]
+
+
+@dataclass(frozen=True, slots=True)
 class StepWork:
     """What one step processes: in decode ``seqs`` sequences with ``past`` tokens before; in prefill
     ``seqs`` prompts of ``q_len`` tokens. A mixed step has both; with ``layer_groups`` its prompts
-    take only one of so many groups of layers (layered prefill)."""
+    take only one of so many groups of layers (layered prefill). ``groups`` are those of a step that
+    is to run; a step that is only predicted has groups of equal size."""
 
     decode: Shape | None
     prefill: Shape | None
     layer_groups: int = 1
+    groups: tuple[StepGroup, ...] = ()
+
+    @classmethod
+    def of(cls, groups: tuple[StepGroup, ...]) -> "StepWork":
+        """The work of these groups, all prompts as long as the longest."""
+        parts = [[g.shape for g in groups if (g.kind == "prefill") is p] for p in (False, True)]
+        decode, prefill = (
+            Shape(sum(s.seqs for s in p), max(s.q_len for s in p), max(s.past for s in p))
+            if p
+            else None
+            for p in parts
+        )
+        return cls(decode, prefill, 1, groups)
 
     @property
     def kind(self) -> Literal["decode", "prefill", "mixed"]:
