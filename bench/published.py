@@ -26,13 +26,14 @@ from dovetail.machine_files import load_machine
 from dovetail.passes.apply_moves import apply_moves
 from dovetail.passes.choose import choose
 from dovetail.passes.gpu.cost import GpuCosts
+from dovetail.passes.gpu.memory import RAM_SHARE
 from dovetail.passes.gpu.predict import GpuPredictor
 from dovetail.passes.policies.common import Knobs
 from dovetail.passes.policies.gpu import DEFAULTS, GPU_POLICIES
 
 CONFIGS = Path(__file__).parent / "configs"
 PROMPTS = 4096
-"""Prompts of a cell whose source does not say how many."""
+"""Prompts at most of a cell whose source does not say how many."""
 MOST_TOKENS = 1 << 15
 """Prompt tokens of a step at most where a source prints its groups: as many groups of prompts as
 that pass a layer while its weights are there."""
@@ -167,7 +168,7 @@ class Row:
 
 def row(cell: Cell, graph: TaskGraph, machine: Machine) -> Row:
     """Predict a cell's own policy and ``auto``."""
-    workload = Workload(((cell.prompt, _prompts(cell)),), cell.new)
+    workload = _workload(cell, graph, machine)
     budget = {name: machine.tiers[name] for name in ("hbm", "ram")}
     begin = time.perf_counter()
     own = _own(cell, graph, machine, budget, workload)
@@ -181,11 +182,23 @@ def row(cell: Cell, graph: TaskGraph, machine: Machine) -> Row:
     )
 
 
+def _workload(cell: Cell, graph: TaskGraph, machine: Machine) -> Workload:
+    """As many prompts as are in flight, where printed: such runs are one batch. Else no more
+    than have their KV in ram beside all weights, as MoE-Gen's constraint on the host's memory says
+    (arXiv 2503.09716): none of these systems reads weights from disk again."""
+    prompts = _prompts(cell)
+    if not prompts:
+        free = machine.tiers["ram"] * RAM_SHARE - graph.weight_bytes
+        held = graph.kv_bytes_per_token * (cell.prompt + cell.new)
+        prompts = max(1, min(PROMPTS, int(free / held)))
+    return Workload(((cell.prompt, prompts),), cell.new)
+
+
 def _prompts(cell: Cell) -> int:
-    """As many as are in flight, where that is printed: such runs are one batch."""
+    """Sequences in flight where they are printed, else 0."""
     if cell.batch:
         return cell.flying or math.prod(cell.batch)
-    return dict(cell.printed).get("seqs", PROMPTS)
+    return dict(cell.printed).get("seqs", 0)
 
 
 def _own(

@@ -23,6 +23,7 @@ from dovetail.capture.checkpoint_names import CheckpointNames, Entries
 from dovetail.capture.clean import clean
 from dovetail.capture.experts import describe
 from dovetail.capture.export import Traced, trace
+from dovetail.capture.latent import with_latent_attention
 from dovetail.capture.layers import Stack, find_stack
 from dovetail.ir.errors import CaptureError
 from dovetail.ir.task_graph import Body, Experts, TaskGraph, Value, Weight
@@ -83,6 +84,7 @@ def _assemble(
     bodies = tuple(builder.layer(i) for i in stack.representatives)
     for witness in stack.witnesses:
         _check_alike(bodies[stack.kinds[witness]], builder.layer(witness), stack, witness)
+    bodies = tuple(with_latent_attention(body) for body in bodies)
     epilogue = builder.epilogue()
     _check_experts_seen(model, bodies)
     weights.check(prologue, bodies, epilogue)

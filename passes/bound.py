@@ -17,7 +17,7 @@ from dovetail.ir.placement import embed_weights, experts_of
 from dovetail.ir.plan import Bound
 from dovetail.ir.task_graph import Body, TaskGraph
 from dovetail.ir.workload import Workload
-from dovetail.passes.cost import OpCost, op_cost, task_flops
+from dovetail.passes.op_cost import OpCost, op_costs, task_flops
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,13 +92,16 @@ def body_costs(body: Body) -> Iterable[OpCost]:
     """The costs of a body's operators, experts left out."""
     for task in body.tasks:
         weights = {w.fqn: w for w in task.weights}
-        yield from (op_cost(op, body.values, weights) for op in task.ops)
+        for op in task.ops:
+            yield from op_costs(op, body.values, weights)
 
 
 def gemm_flops(body: Body) -> float:
-    """GEMM FLOPs per token, attention left out."""
+    """GEMM FLOPs per token, attention left out; in latent attention, what a prompt's token or one
+    of decode takes at least: to expand it, or to absorb the expansion, which is as much."""
     one = {"seqs": 1, "q_len": 1, "past": 0}
-    total = sum(evaluate(c.flops, **one) for c in body_costs(body) if c.kind == "gemm")
+    costs = (c for c in body_costs(body) if c.kind == "gemm" and c.runs(one["q_len"]))
+    total = sum(evaluate(c.flops, **one) for c in costs)
     if body.experts:
         total += evaluate(task_flops(body.experts, body), **one)
     return total
@@ -110,10 +113,13 @@ def _attention_seconds(graph: TaskGraph, body: Body, machine: Machine, work: _Se
     total = 0.0
     for cost in (c for c in body_costs(body) if c.kind == "attention"):
         for (length, made), count in work.counts.items():
-            prefill = evaluate(cost.flops, seqs=1, q_len=length, past=0)
             middle = length + (made - 1) // 2
-            decode = evaluate(cost.bytes, seqs=1, q_len=1, past=middle)
-            total += count * (prefill / rate + (made - 1) * decode / kv_rate)
+            if cost.runs(length):
+                prefill = evaluate(cost.flops, seqs=1, q_len=length, past=0)
+                total += count * prefill / rate
+            if cost.runs(1):
+                decode = evaluate(cost.bytes, seqs=1, q_len=1, past=middle)
+                total += count * (made - 1) * decode / kv_rate
     return total
 
 

@@ -1,135 +1,20 @@
-"""Costs: FLOPs and bytes of every task as expressions, and seconds on a machine.
+"""Costs: seconds of every task on a machine, from the symbolic costs of its operators (op_cost.py).
 
-`task -> [OpCost]` is symbolic in the dims; `Costs` turns it into seconds with the machine's
-measured curves: a GEMM runs at the rate of its rows, attention at the rate of its query length or,
-in decode, of its KV reads, everything else at the speed of memory, plus a fixed cost per operator.
+`Costs` turns these into seconds with the machine's measured curves: a GEMM runs at the rate of its
+rows, attention at the rate of its query length or, in decode, of its KV reads, everything else at
+the speed of memory, plus a fixed cost per operator.
 """
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import prod
-
-import sympy
 
 from dovetail.ir.errors import PlanError
-from dovetail.ir.expr import Q_LEN, SEQS, Expr, evaluate, to_expr
+from dovetail.ir.expr import evaluate
 from dovetail.ir.gemm_tiles import tiles
 from dovetail.ir.machine import LARGE_BLOCK, Curve, Machine
-from dovetail.ir.task_graph import ITEMSIZE, Arg, Body, Experts, Op, Ref, Task, Value, Weight
-
-VIEWS = frozenset(
-    f"aten.{name}"
-    for name in (
-        "view", "_unsafe_view", "reshape", "transpose", "permute", "unsqueeze", "squeeze", "slice",
-        "expand", "select", "alias", "detach", "split", "split_with_sizes", "chunk", "t", "unbind",
-        "flatten", "unflatten", "narrow", "expand_as", "view_as", "numpy_T",
-    )
-)  # fmt: skip
-_MATMULS = frozenset(
-    f"aten.{name}" for name in ("linear", "mm", "addmm", "matmul", "bmm", "baddbmm")
-)
-
-
-@dataclass(frozen=True, slots=True)
-class OpCost:
-    """One operator: ``kind`` is gemm, attention, copy or view; ``rows`` the rows of a GEMM or the
-    query length of attention; ``bytes`` what it reads and writes (for attention: the KV), ``made``
-    what it writes to memory of its own."""
-
-    kind: str
-    flops: Expr
-    bytes: Expr
-    rows: Expr
-    made: Expr
-
-
-def base_target(op: Op) -> str:
-    """The operator without its overload: ``aten.add.Tensor`` is ``aten.add``."""
-    parts = op.target.split(".")
-    return ".".join(parts[:2])
-
-
-def is_view(op: Op) -> bool:
-    """Whether the operator only renames memory."""
-    return op.target == "getitem" or base_target(op) in VIEWS
-
-
-def op_cost(op: Op, values: Mapping[str, Value], weights: Mapping[str, Weight]) -> OpCost:
-    """The symbolic cost of one operator of a body."""
-    zero = sympy.Integer(0)
-    if is_view(op) or op.target == "dovetail.experts":
-        return OpCost("view", zero, zero, zero, zero)
-    if op.target == "dovetail.attention":
-        return _attention_cost(op, values)
-    outs = sum((_nbytes(values[name]) for name in op.outs if name in values), zero)
-    if op.target == "dovetail.module":
-        return _module_cost(outs, weights, set(op.uses()))
-    inputs = zero
-    for name in op.uses():
-        if name in values:
-            inputs += _nbytes(values[name])
-    if base_target(op) == "aten.embedding":
-        return OpCost("copy", zero, 2 * outs, zero, outs)
-    if base_target(op) in _MATMULS:
-        out = values[op.outs[0]]
-        depth = _shape(_matrix_operand(op), values, weights)[-1]
-        rows = sympy.Mul(*out.shape[:-1])
-        return OpCost("gemm", 2 * sympy.Mul(*out.shape) * depth, inputs + outs, rows, outs)
-    return OpCost("copy", zero, inputs + outs, zero, outs)
-
-
-def _module_cost(outs: Expr, weights: Mapping[str, Weight], used: set[str]) -> OpCost:
-    """Of a module that runs whole: the products of its matrices with every token."""
-    rows = SEQS * Q_LEN
-    depth = sum(prod(w.shape) for name, w in weights.items() if name in used and len(w.shape) > 1)
-    return OpCost("gemm", 2 * rows * depth, 2 * outs, rows, outs)
-
-
-def _matrix_operand(op: Op) -> Arg:
-    first = 1 if base_target(op) in ("aten.addmm", "aten.baddbmm") else 0
-    return op.args[first]
-
-
-def _attention_cost(op: Op, values: Mapping[str, Value]) -> OpCost:
-    q, k, v = (_shape(arg, values, {}) for arg in op.args[:3])
-    seqs, heads, q_len, dim = q
-    kv_len = k[2]
-    flops = 2 * seqs * heads * q_len * kv_len * (dim + v[3])
-    kv = sum((_nbytes(values[arg.name]) for arg in op.args[1:3] if isinstance(arg, Ref)), 0)
-    made = _nbytes(values[op.outs[0]])
-    return OpCost("attention", flops, to_expr(kv), q_len, made)
-
-
-def _shape(
-    arg: Arg, values: Mapping[str, Value], weights: Mapping[str, Weight]
-) -> tuple[Expr, ...]:
-    assert isinstance(arg, Ref), f"expected a tensor argument, found {arg!r}"
-    if arg.name in values:
-        return values[arg.name].shape
-    return tuple(to_expr(size) for size in weights[arg.name].shape)
-
-
-def _nbytes(value: Value) -> Expr:
-    return sympy.Mul(*value.shape) * ITEMSIZE[value.dtype]
-
-
-def task_flops(task: Task, body: Body) -> Expr:
-    """FLOPs of a task in the dims; for experts, of all routed tokens."""
-    if task.experts is not None:
-        op = task.ops[0]
-        assert isinstance(op.args[1], Ref)
-        routed = sympy.Mul(*body.values[op.args[1].name].shape)
-        return 2 * routed * expert_parameters(task.experts)
-    weights = {w.fqn: w for w in task.weights}
-    return sum((op_cost(op, body.values, weights).flops for op in task.ops), sympy.Integer(0))
-
-
-def expert_parameters(experts: Experts) -> int:
-    """Weights of one expert that a token multiplies with."""
-    return sum(
-        t.nbytes // ITEMSIZE[t.dtype] for t in experts.tensors if not t.part.endswith("bias")
-    )
+from dovetail.ir.task_graph import ITEMSIZE, Body, Experts, Task
+from dovetail.passes.op_cost import OpCost, expert_parameters, op_costs
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +49,7 @@ class Costs:
         key = (id(body), task.name, workers, seqs, q_len, past)
         if key not in self._known:
             dims = {"seqs": seqs, "q_len": q_len, "past": past}
-            costs = self._task_costs(task, body)
+            costs = (cost for cost in self._task_costs(task, body) if cost.runs(q_len))
             self._known[key] = sum(self._op_seconds(cost, workers, dims) for cost in costs)
         return self._known[key]
 
@@ -172,7 +57,7 @@ class Costs:
         key = (id(body), task.name)
         if key not in self._ops:
             weights = {w.fqn: w for w in task.weights}
-            self._ops[key] = [op_cost(op, body.values, weights) for op in task.ops]
+            self._ops[key] = [c for op in task.ops for c in op_costs(op, body.values, weights)]
         return self._ops[key]
 
     def _op_seconds(self, cost: OpCost, workers: Workers, dims: dict[str, int]) -> float:
@@ -194,10 +79,18 @@ class Costs:
             one = nbytes / dims["seqs"]
             reading = nbytes / self.curve("kv_bandwidth", dtype).at(max(one, 1.0))
         if dims["q_len"] == 1:
-            return fixed + reading
+            return fixed + max(reading, self.absorbed_seconds(cost, workers.dtype, dims))
         # The rate counts the masked half of a causal square as done; the past has no such half.
         flops = evaluate(cost.flops, **dims | {"past": 2 * dims["past"]})
         return fixed + max(reading, flops / self.curve("attention", dtype).at(dims["q_len"]))
+
+    def absorbed_seconds(self, cost: OpCost, dtype: str, dims: Mapping[str, int]) -> float:
+        """Seconds of the arithmetic of absorbed attention, whose heads all read the same latents:
+        at the best rate of attention, which counts the masked half that this has not; 0 for others,
+        since the rate of KV reads was measured with their few queries for each key."""
+        if cost.form != "decode":
+            return 0.0
+        return 2 * evaluate(cost.flops, **dims) / self.curve("attention", dtype).peak
 
     def _fixed_seconds(self, workers: Workers) -> float:
         """Of one operator: with several workers, each waits for its turn in the interpreter."""

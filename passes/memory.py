@@ -4,11 +4,10 @@ Weights and buffers are counted as the runtime allocates them, whole blocks incl
 by walking each segment's operators and keeping the most that is alive at once.
 """
 
-import functools
 import math
 from collections.abc import Iterable, Sequence
 
-from dovetail.ir.expr import Expr, evaluate
+from dovetail.ir.expr import evaluate
 from dovetail.ir.placement import (
     beside_rows,
     dense_weights,
@@ -18,18 +17,20 @@ from dovetail.ir.placement import (
     head_weights,
     weights_bytes,
 )
-from dovetail.ir.task_graph import ITEMSIZE, Body, Op, Ref, Task, TaskGraph, Value
+from dovetail.ir.task_graph import ITEMSIZE, Body, Ref, TaskGraph
 from dovetail.passes.apply_moves import Layout
-from dovetail.passes.cost import is_view
+from dovetail.passes.live_bytes import (
+    COPY_BYTES,
+    converted,
+    copy_bytes,
+    live_bytes,
+    value_bytes,
+)
 
 KERNEL_BYTES = 768 << 10
 """Generated code and tables that oneDNN keeps per shape of a 16-bit GEMM (see ir.gemm_tiles)."""
 KERNEL_FIXED = 256 << 10
 """What oneDNN keeps beside that, whatever the shapes."""
-COPY_BYTES = 4 << 20
-"""What attention converts to float32 at one time, unless a key head of one row needs more."""
-MODULE_COPIES = 4
-"""How often a whole module may hold the results of its matrices at one time."""
 RESERVE_FIXED = 1280 << 10
 """Bytes kept back for the allocator, Python objects, and library code first touched in a run."""
 RESERVE_SHARE = 0.05
@@ -97,7 +98,12 @@ def kernel_bytes(graph: TaskGraph, buckets: Sequence[int]) -> int:
         if b.experts and b.experts.experts
         for t in b.experts.experts.tensors
     }
-    return KERNEL_FIXED + len(weights | experts) * len(buckets) * KERNEL_BYTES
+    # Absorbed latent attention has two products of its own, into the query and into the result.
+    absorbed = sum(
+        any("latent" in op.kwargs for t in b.tasks for op in t.ops) for b in graph.bodies
+    )
+    shapes = len(weights | experts) + 2 * min(1, absorbed)
+    return KERNEL_FIXED + shapes * len(buckets) * KERNEL_BYTES
 
 
 def step_tokens(layout: Layout) -> int:
@@ -146,7 +152,7 @@ def _shared_bytes(graph: TaskGraph) -> int:
 
 def _per_token(body: Body, names: Iterable[str]) -> int:
     values = (body.values[name] for name in names if name in body.values)
-    return sum(math.ceil(_value_bytes(v.shape, v.dtype, 1, 64, 0) / 64) for v in values)
+    return sum(math.ceil(value_bytes(v.shape, v.dtype, 1, 64, 0) / 64) for v in values)
 
 
 def _group_shapes(layout: Layout) -> list[tuple[int, int, int]]:
@@ -185,100 +191,6 @@ def _expert_temporaries(layout: Layout) -> int:
     return most
 
 
-def live_bytes(body: Body, tasks: tuple[Task, ...], shape: tuple[int, int, int]) -> int:
-    """Most bytes alive at once while ``tasks`` run one group of ``(seqs, q_len, past)``."""
-    return _live_bytes(_Key(body), tuple(t.name for t in tasks), shape)
-
-
-class _Key:
-    """A body, hashed by identity so that results can be remembered."""
-
-    def __init__(self, body: Body) -> None:
-        self.body = body
-
-    def __hash__(self) -> int:
-        return id(self.body)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Key) and other.body is self.body
-
-
-@functools.lru_cache(maxsize=4096)
-def _live_bytes(key: _Key, names: tuple[str, ...], shape: tuple[int, int, int]) -> int:
-    body = key.body
-    ops = [op for task in body.tasks if task.name in names for op in task.ops]
-    owner = _owners(ops)
-    last: dict[str, int] = {}
-    for index, op in enumerate(ops):
-        for name in op.uses():
-            last[owner.get(name, name)] = index
-    alive: dict[str, int] = {}
-    peak = 0
-    for index, op in enumerate(ops):
-        for name in op.outs:
-            if owner.get(name, name) == name and name in body.values:
-                value = body.values[name]
-                alive[name] = int(_value_bytes(value.shape, value.dtype, *shape))
-        scratch = _scratch_bytes(op, body, shape)
-        peak = max(peak, sum(alive.values()) + scratch)
-        for name in [n for n in alive if last.get(n, -1) <= index and n not in body.outputs]:
-            del alive[name]
-    return peak
-
-
-def _owners(ops: Iterable[Op]) -> dict[str, str]:
-    """The value whose memory each value shares: its own, or that of what it is a view of. The KV
-    store's values are in its own pool and own nothing."""
-    owner: dict[str, str] = {}
-    for op in ops:
-        if is_view(op) and isinstance(op.args[0], Ref):
-            for name in op.outs:
-                owner[name] = owner.get(op.args[0].name, op.args[0].name)
-        elif op.target == "dovetail.kv_update":
-            for name, arg in zip(op.outs, op.args, strict=True):
-                assert isinstance(arg, Ref)
-                owner[name] = owner.get(arg.name, arg.name)
-    return owner
-
-
-def _scratch_bytes(op: Op, body: Body, shape: tuple[int, int, int]) -> int:
-    """What an attention kernel needs beside its output: a mask or a tile of scores, and float32
-    copies of what it reads in another type or width."""
-    seqs, q_len, past = shape
-    if op.target == "dovetail.module":
-        return _module_bytes(op, body, q_len, past)
-    if op.target != "dovetail.attention":
-        return 0
-    q, k, v = (body.values[arg.name] for arg in op.args[:3] if isinstance(arg, Ref))
-    heads, kv_heads = (int(evaluate(x.shape[1], seqs=1, q_len=1, past=0)) for x in (q, k))
-    tile = min(q_len, 256) * (past + q_len) * 4
-    fixed = seqs * (past + q_len) + (heads * tile * 2 if op.args[3] is not None else tile)
-    if q_len == 1 or not _converted(k, v):
-        return fixed
-    one = _copy_bytes(k, v) * (heads // kv_heads * q_len + past + q_len)
-    return fixed + min(seqs * kv_heads * one, max(COPY_BYTES, one))
-
-
-def _module_bytes(op: Op, body: Body, q_len: int, past: int) -> int:
-    """What a module that runs whole on one sequence may hold at once, as a rule of thumb: its
-    matrices' results a few times over in float32, and scores of every key."""
-    names = {arg.name for arg in op.args[1] if isinstance(arg, Ref)} if len(op.args) > 1 else set()  # type: ignore[union-attr]
-    weights = {w.fqn: w for task in body.tasks for w in task.weights if w.fqn in names}
-    width = sum(w.shape[0] for w in weights.values() if len(w.shape) == 2)
-    return q_len * 4 * (MODULE_COPIES * width + 4 * (past + q_len))
-
-
-def _converted(k: Value, v: Value) -> bool:
-    """Whether attention computes on copies of keys and values."""
-    return k.dtype != "float32" or k.shape[3] != v.shape[3]
-
-
-def _copy_bytes(k: Value, v: Value) -> int:
-    """Bytes of a converted key and value of one head and token."""
-    width = max(int(evaluate(x.shape[3], seqs=1, q_len=1, past=0)) for x in (k, v))
-    return 2 * width * 4
-
-
 def _decode_copies(layout: Layout) -> int:
     """What a worker keeps of keys and values that it converted for decoding."""
     dispatch, most = layout.dispatch, 0
@@ -288,13 +200,6 @@ def _decode_copies(layout: Layout) -> int:
             if op.target == "dovetail.attention":
                 k, v = (body.values[arg.name] for arg in op.args[1:3] if isinstance(arg, Ref))
                 heads = int(evaluate(k.shape[1], seqs=1, q_len=1, past=0))
-                if _converted(k, v):
-                    most = max(most, min(COPY_BYTES, tokens * heads * _copy_bytes(k, v)))
+                if converted(k, v) and ("latent" not in op.kwargs or k.dtype != "float32"):
+                    most = max(most, min(COPY_BYTES, tokens * heads * copy_bytes(k, v)))
     return most
-
-
-def _value_bytes(shape: tuple[Expr, ...], dtype: str, seqs: int, q_len: int, past: int) -> float:
-    size = 1.0
-    for dim in shape:
-        size *= evaluate(dim, seqs=seqs, q_len=q_len, past=past)
-    return size * ITEMSIZE[dtype]

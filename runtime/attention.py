@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dovetail.runtime.kv_store import KvGroup, KvHandle
+from dovetail.runtime.latent_attention import Expand, latent_attention
 
 SCRATCH_BYTES = 4 << 20
 """Bytes of converted keys and values that each thread keeps for decoding."""
@@ -40,16 +41,19 @@ def attention(
     window: int,
     kv_group: KvGroup,
     chunk: int = 0,
+    latent: Expand | None = None,
 ) -> Tensor:
     """Attention of ``q [seqs, q_heads, q_len, key_dim]``; returns ``[seqs, q_len, q_heads,
-    value_dim]``, contiguous.
+    value_dim]``, contiguous unless keys and values are given as latents.
 
     Query s of a row sits at position p = held + s and sees key j if j <= p and, with a ``window``
     other than 0, j > p - window, with a ``chunk`` other than 0, j // chunk == p // chunk. Keys and
     values are tensors ``[seqs, kv_heads, kv_len, dim]`` or handles from ``KvGroup.update``.
     ``sinks [q_heads]`` are logits of a further key whose value is zero. Padded queries get finite
-    numbers.
+    numbers. With ``latent``, keys are latents and values rotary keys (``latent_attention``).
     """
+    if latent is not None:
+        return latent_attention(attention, q, keys, values, scale, window, kv_group, chunk, latent)
     seqs, heads, q_len, _ = q.shape
     dim = (values if isinstance(values, Tensor) else values.views[0]).shape[-1]
     # Every position is written, except for padding.

@@ -38,3 +38,14 @@ class TiledLinear:
         else:
             out = torch.cat([F.linear(part, weight, bias) for part in torch.split(flat, sizes)])
         return out[:rows].view(*x.shape[:-1], weight.shape[0])
+
+    def batched(self, x: Tensor, weights: Tensor) -> Tensor:
+        """``x [batch, rows, in] @ weights [batch, in, out] -> [batch, rows, out]``."""
+        if x.dtype.itemsize != 2:
+            return torch.bmm(x, weights)
+        rows = x.shape[1]
+        sizes = tiles(rows, self._sizes)
+        if (total := sum(sizes)) != rows:
+            x = F.pad(x, (0, 0, 0, total - rows))
+        parts = [torch.bmm(part, weights) for part in torch.split(x, sizes, 1)]
+        return torch.cat(parts, 1)[:, :rows] if len(parts) > 1 else parts[0][:, :rows]

@@ -183,6 +183,8 @@ class Interpreter:
         if op.target == "dovetail.kv_update":
             assert layer is not None and task.kv is not None
             return self._kv_update(layer, *args)
+        if op.target == "dovetail.attention" and "latent" in op.kwargs:
+            args[1:3] = self._expanded(*args[:3], self._arg(op.kwargs["latent"], env))
         if op.target == "dovetail.attention":
             return [self._attention(*args)]
         if op.target == "dovetail.experts":
@@ -217,6 +219,13 @@ class Interpreter:
             for out, tensor in zip(outs, grown, strict=True):
                 out[b, :, : length + new] = tensor
         return outs
+
+    def _expanded(self, q: Tensor, latents: Tensor, rotary: Tensor, w: Tensor) -> list[Tensor]:
+        """Keys and values of every head from latents."""
+        heads, own = q.shape[1], q.shape[-1] - rotary.shape[-1]
+        whole = (latents[:, 0] @ w.T).unflatten(-1, (heads, -1)).transpose(1, 2)
+        keys = torch.cat([whole[..., :own], rotary.expand(-1, heads, -1, -1)], -1)
+        return [keys, whole[..., own:]]
 
     def _attention(
         self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scale: float, window: int

@@ -21,7 +21,7 @@ from dovetail.ir.notation import move_text, ranges, short_bytes
 from dovetail.ir.plan import VERSION, Bound, Candidate, Plan, Prediction
 from dovetail.ir.printer import WIDTH, print_graph, print_moves, print_plan, print_program
 from dovetail.ir.workload import Workload
-from dovetail.passes.cost import task_flops
+from dovetail.passes.op_cost import task_flops
 
 RATE = Curve((1.0, 1024.0), (1e10, 1e11))
 MACHINE = Machine(

@@ -65,6 +65,7 @@ def _compute_seconds(graph: TaskGraph, machine: Machine, workload: Workload) -> 
         for cost in body_costs(body)
         if cost.kind == "attention"
         for length, count in workload.lengths
+        if cost.runs(length)
     )
     rates = (
         (gpu.count * gpu.gemm[dtype].peak, gpu.count * gpu.attention[dtype].peak),

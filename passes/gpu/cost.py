@@ -13,8 +13,8 @@ from dovetail.ir.expr import evaluate
 from dovetail.ir.machine import Machine
 from dovetail.ir.task_graph import Body
 from dovetail.ir.workload import Routing
-from dovetail.passes.cost import OpCost, op_cost
 from dovetail.passes.gpu.expert_costs import GpuExpertCosts, curve_of
+from dovetail.passes.op_cost import OpCost, op_costs
 
 LEAST_KEPT = 0.25
 """Share of its rate that the CPU keeps at least beside copies: memory controllers are fair."""
@@ -85,9 +85,18 @@ class GpuCosts(GpuExpertCosts):
         seconds = 0.0
         dims = {"seqs": shape.seqs, "q_len": shape.q_len, "past": shape.past}
         for cost in self._body(body).attention:
+            if not cost.runs(shape.q_len):
+                continue
             nbytes = evaluate(cost.bytes, **dims)
-            rate = self._host.curve("kv_bandwidth", self._dtype).at(max(1.0, nbytes / shape.seqs))
-            seconds += nbytes / rate
+            if cost.kind == "attention":
+                rate = self._host.curve("kv_bandwidth", self._dtype)
+                reading = nbytes / rate.at(max(1.0, nbytes / shape.seqs))
+                seconds += max(reading, self._host.absorbed_seconds(cost, self._dtype, dims))
+            elif cost.kind == "gemm":
+                flops, rows = evaluate(cost.flops, **dims), evaluate(cost.rows, **dims)
+                seconds += self._host.gemm_seconds(flops, rows, self._workers)
+            else:
+                seconds += nbytes / self.machine.memory_bandwidth
         return seconds / self._host_speedup
 
     @property
@@ -119,7 +128,7 @@ class GpuCosts(GpuExpertCosts):
 
     def _sum(self, costs: Sequence[OpCost], shape: Shape) -> float:
         dims = {"seqs": shape.seqs, "q_len": shape.q_len, "past": shape.past}
-        return sum(self._op(cost, dims) for cost in costs)
+        return sum(self._op(cost, dims) for cost in costs if cost.runs(shape.q_len))
 
     def _op(self, cost: OpCost, dims: dict[str, int]) -> float:
         if cost.kind == "view":
@@ -130,9 +139,11 @@ class GpuCosts(GpuExpertCosts):
             flops, rows = evaluate(cost.flops, **dims), evaluate(cost.rows, **dims)
             arithmetic = flops / self.gemm.at(rows)
             nbytes += flops / (2 * rows) * self._item
-        elif cost.kind == "attention" and dims["q_len"] > 1:
+        elif cost.kind == "attention":
             curve = curve_of(self.gpu, "attention", self._dtype)
-            arithmetic = evaluate(cost.flops, **dims) / curve.at(dims["q_len"])
+            # The queries of all heads that share keys are one product's rows in decode.
+            rate = curve.at(dims["q_len"]) if dims["q_len"] > 1 else curve.peak
+            arithmetic = evaluate(cost.flops, **dims) / rate
         return max(arithmetic, nbytes / self.gpu.hbm_bandwidth) + self.gpu.op_seconds
 
 
@@ -146,10 +157,10 @@ def _split(body: Body) -> _BodyCosts:
             continue
         weights = {w.fqn: w for w in task.weights}
         for op in task.ops:
-            cost = op_cost(op, body.values, weights)
-            if cost.kind == "attention":
-                parts["attention"].append(cost)
+            costs = op_costs(op, body.values, weights)
+            if any(cost.kind == "attention" for cost in costs):
+                parts["attention"] += costs
                 at = "after"
             else:
-                parts[at].append(cost)
+                parts[at] += costs
     return _BodyCosts(*(tuple(parts[name]) for name in ("before", "attention", "after", "tail")))

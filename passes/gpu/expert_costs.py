@@ -16,8 +16,9 @@ from dovetail.ir.errors import PlanError
 from dovetail.ir.machine import Accelerator, Curve, Machine
 from dovetail.ir.task_graph import ITEMSIZE, Experts
 from dovetail.ir.workload import Routing
-from dovetail.passes.cost import Costs, Workers, expert_parameters
+from dovetail.passes.cost import Costs, Workers
 from dovetail.passes.expert_loads import ExpertLoads, Load
+from dovetail.passes.op_cost import expert_parameters
 from dovetail.solvers import expert_assignment
 
 Floats = NDArray[np.float64]

@@ -105,7 +105,7 @@ def show(path: Path, *, graph: bool, program: bool) -> int:
     found = load_graph(path, plan) if graph or program else None
     print(print_plan(plan))
     if found is not None and graph:
-        from dovetail.passes.cost import task_flops
+        from dovetail.passes.op_cost import task_flops
 
         print(f"\n{print_graph(found, task_flops)}")
     if found is not None and program:
