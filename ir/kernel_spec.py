@@ -212,6 +212,8 @@ class ReduceSpec:
 
     ``shared``: "none", "plain" (added as it is) or "gated" (times sigmoid of a logit per token,
     Qwen2-MoE). Slots of experts that run elsewhere are skipped, their rows were never written.
+    With ``by_address`` (experts that lie anywhere) only slots of experts whose address is not 0
+    count, and the sum is added to what y has, in float32.
     """
 
     name: str
@@ -224,9 +226,12 @@ class ReduceSpec:
     out: Dtype = "bf16"
     block: int = 1024
     warps: int = 4
+    by_address: bool = field(default=False, metadata=codec.LATER)
 
     def __post_init__(self) -> None:
         _check_name(self.name)
+        if self.by_address and (self.out != "fp32" or self.shared != "none"):
+            raise InputError(f"kernel {self.name}: sums by address are float32, of routed experts")
 
 
 KernelSpec = RouteSpec | SortSpec | GemmSpec | ActivateSpec | ReduceSpec

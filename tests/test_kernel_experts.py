@@ -188,7 +188,7 @@ def test_misaligned_experts_are_refused() -> None:
 @needs_triton
 def test_the_runner_refuses_what_it_is_not_for(tmp_path: Path) -> None:
     from dovetail.codegen.kernels.experts_runner import ExpertsRunner
-    from dovetail.codegen.kernels.layer import LayerRunner
+    from dovetail.codegen.kernels.layer import LayerRunner, buffer_bytes
 
     layer = LAYERS["slots, gate and up apart"]
     ladder = [choose_layer(layer, ARCHS["sm_90"], (1, 4))]
@@ -200,9 +200,9 @@ def test_the_runner_refuses_what_it_is_not_for(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="this runner takes routed experts at addresses"):
         ExpertsRunner(other, ladder, 4, "cpu", tmp_path)
     runner = ExpertsRunner(layer, ladder, 4, "cpu", tmp_path)
-    assert runner.nbytes == sum(buffer.nbytes for buffer in runner.buffers.values()) > 0
-    with pytest.raises(InputError, match="run and finish come after begin"):
-        runner.finish()
+    assert runner.nbytes == buffer_bytes(layer, ladder, 4) > 0
+    with pytest.raises(InputError, match="run comes after begin"):
+        runner.run(torch.zeros(6, dtype=torch.int64), torch.zeros(3, 96))
     x, ids = torch.zeros(3, 96), torch.zeros(3, 2, dtype=torch.int64)
     with pytest.raises(InputError, match=r"found x \[3, 96\] of torch.float32, ids \[3, 2\]"):
         runner.begin(x, ids, torch.zeros(3, 2))

@@ -104,6 +104,10 @@ KERNELS: dict[str, KernelSpec] = {
     "reduce": ReduceSpec("moe_reduce", 5, 48, 2),
     "reduce plain shared": ReduceSpec("moe_reduce", 5, 48, 2, 1, "plain", x="fp32", out="fp32"),
     "reduce gated shared, splits": ReduceSpec("moe_reduce", 5, 48, 2, 2, "gated", block=32),
+    "reduce by address": ReduceSpec("moe_reduce", 5, 48, 2, out="fp32", by_address=True),
+    "reduce by address, splits": ReduceSpec(
+        "moe_reduce", 5, 48, 2, 2, x="fp32", out="fp32", block=32, by_address=True
+    ),
     "activate": ActivateSpec("moe_activate", 48, 2, block=32),
     "activate gpt-oss": ActivateSpec("moe_activate", 48, 2, GPT_OSS, block=64),
 }

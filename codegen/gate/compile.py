@@ -8,17 +8,8 @@ from typing import Any
 
 from dovetail.codegen.gate.binary import BinaryFacts, amd_facts, cuda_facts
 from dovetail.codegen.kernels.arch import Arch
-from dovetail.ir.kernel_spec import (
-    ActivateSpec,
-    GemmSpec,
-    KernelSpec,
-    ReduceSpec,
-    RouteSpec,
-    SortSpec,
-)
-
-_TYPES = {"bf16": "bf16", "fp16": "fp16", "fp32": "fp32"}
-_STORED = {"fp8": "u8", "int8": "i8", "int4": "u8"}
+from dovetail.codegen.kernels.interface import signature_of
+from dovetail.ir.kernel_spec import KernelSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,33 +21,9 @@ class Compiled:
     facts: BinaryFacts
     signature: dict[str, str]
     scratch_bytes: int
+    threads: int
     elf_version: tuple[int, int]
     """(OS ABI, ABI version) of the ELF header: which drivers load it."""
-
-
-def signature_of(spec: KernelSpec, names: list[str]) -> dict[str, str]:
-    """Triton's type of each of a kernel's arguments."""
-    types = {name: "*i32" for name in names if name.endswith("_ptr")}
-    types |= {name: "i32" for name in names if not name.endswith("_ptr")}
-    types |= {"scale_ptr": "*fp32", "routed_weight_ptr": "*fp32", "weight_ptr": "*fp32"}
-    types |= {"part_ptr": "*fp32", "gate_ptr": "*fp32", "bias_ptr": "*fp32"}
-    match spec:
-        case GemmSpec():
-            stored = _STORED.get(spec.weights.format, spec.x)
-            block = f"[{spec.tile_rows}, {spec.tile.k}]"
-            types |= {"x_ptr": f"*{spec.x}", "w_ptr": f"*{stored}", "y_ptr": f"*{spec.out}"}
-            types |= {"w_desc": f"tensordesc<{stored}{block}>", "bias_ptr": f"*{spec.x}"}
-            types |= {"expert_at_ptr": "*i64"}
-        case ReduceSpec():
-            part = "fp32" if spec.split_k > 1 else spec.x
-            types |= {"part_ptr": f"*{part}", "shared_ptr": f"*{spec.x}", "y_ptr": f"*{spec.out}"}
-        case ActivateSpec():
-            types |= {"y_ptr": f"*{spec.out}"}
-        case RouteSpec():
-            types |= {"logits_ptr": "*fp32"}
-        case SortSpec():
-            pass
-    return {name: types[name] for name in names}
 
 
 def functions_of(module: ModuleType, spec: KernelSpec) -> list[Any]:
@@ -99,7 +66,8 @@ def _compile(function: Any, module: ModuleType, spec: KernelSpec, arch: Arch) ->
         binary = built.asm["cubin"]
         tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
         facts = cuda_facts(binary, shared, tools / "nvdisasm")
-    return Compiled(name, binary, facts, signature, scratch, (binary[7], binary[8]))
+    threads = int(module.OPTIONS["num_warps"]) * arch.lanes
+    return Compiled(name, binary, facts, signature, scratch, threads, (binary[7], binary[8]))
 
 
 def triton_version() -> str:

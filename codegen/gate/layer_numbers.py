@@ -137,11 +137,12 @@ def _check_placed(
     x = torch.randn(case.tokens, layer.hidden, device=device).to(pool.dtype)
     ids = choices(case, layer.experts, layer.top_k).to(device)
     routed = torch.rand(ids.shape, device=device)
-    runner.begin(x, ids, routed, here=slots >= 0)
+    sums = torch.zeros(x.shape, device=device)
+    runner.begin(x, ids, routed)
     first = torch.arange(layer.experts, device=device) < layer.experts // 2
     for piece in (first, ~first):
         here = torch.where(piece, slots, -1)
-        runner.run(slot_addresses(pool, pool.stride(0) * pool.itemsize, here))
+        runner.run(slot_addresses(pool, pool.stride(0) * pool.itemsize, here), sums)
     # The reference leaves out what is not among the experts' numbers, as the runner does.
     ids = torch.where((slots >= 0)[ids.clamp(0, layer.experts - 1).long()], ids, -1)
-    return _verdict(layer, runner.finish(), experts_reference(layer, x, ids, routed, weights))
+    return _verdict(layer, sums, experts_reference(layer, x, ids, routed, weights))

@@ -204,16 +204,32 @@ def _check_reduce(module: ModuleType, spec: ReduceSpec, case: Case, device: str)
     part_dtype = torch.float32 if spec.split_k > 1 else TORCH_DTYPES[spec.x]
     part = torch.randn(spec.split_k, ids.numel(), spec.n).to(part_dtype).to(device)
     local = ((ids >= 0) & (ids < spec.experts)).reshape(-1)
+    table = torch.ones(spec.experts, dtype=torch.int64, device=device)
+    y = torch.full((case.tokens, spec.n), torch.nan, dtype=TORCH_DTYPES[spec.out], device=device)
+    if spec.by_address:
+        table[1::2] = 0  # every other expert is not in this launch
+        local &= table[ids.clamp(0, spec.experts - 1).long()].reshape(-1) != 0
+        y = torch.randn(y.shape, device=device)
+    before = y.double()
     part[:, ~local] = torch.nan
     shared = gate = None
     if spec.shared != "none":
         shared = torch.randn(case.tokens, spec.n).to(TORCH_DTYPES[spec.x]).to(device)
     if spec.shared == "gated":
         gate = torch.randn(case.tokens).to(device)
-    y = torch.full((case.tokens, spec.n), torch.nan, dtype=TORCH_DTYPES[spec.out], device=device)
-    values = {"part_ptr": part, "id_ptr": ids, "shared_ptr": shared, "gate_ptr": gate, "y_ptr": y}
+    values = {
+        "expert_at_ptr": table,
+        "part_ptr": part,
+        "id_ptr": ids,
+        "shared_ptr": shared,
+        "gate_ptr": gate,
+        "y_ptr": y,
+    }
     launch(module, spec, grid_of(spec, case.tokens), values | {"num_tokens": case.tokens})
-    return Verdict(deviation(y, reference.reduce(spec, part, ids, shared, gate), spec.out))
+    if spec.by_address:
+        ids = torch.where(local.reshape(ids.shape), ids, -1)
+    expected = reference.reduce(spec, part, ids, shared, gate)
+    return Verdict(deviation(y, expected + before if spec.by_address else expected, spec.out))
 
 
 def _check_activate(module: ModuleType, spec: ActivateSpec, case: Case, device: str) -> Verdict:

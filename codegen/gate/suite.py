@@ -67,7 +67,7 @@ _LIKE_OTHERS = ("sm_86", "sm_89")
 
 def _all(arch: Arch) -> Iterator[tuple[str, KernelSpec]]:
     in_slots: tuple[tuple[LayerSpec, tuple[int, int], tuple[str, ...]], ...] = (
-        (QWEN3_30B_IN_SLOTS, DECODE, ("up", "down")),
+        (QWEN3_30B_IN_SLOTS, DECODE, ("up", "down", "reduce")),
         (QWEN3_30B_IN_SLOTS, PREFILL, ("up", "down")),
         (GPT_OSS_20B_IN_SLOTS, DECODE, ("up",)),
     )

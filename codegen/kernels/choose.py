@@ -172,7 +172,7 @@ def _reduce(layer: LayerSpec, down: GemmSpec) -> ReduceSpec:
     shared = "gated" if layer.shared_gate else "plain" if layer.shared else "none"
     return ReduceSpec(
         "moe_reduce", layer.experts, layer.hidden, layer.top_k, down.tile.split_k, shared,  # type: ignore[arg-type]
-        layer.x, layer.x,
+        layer.x, "fp32" if layer.up_place else layer.x, by_address=layer.up_place is not None,
     )  # fmt: skip
 
 

@@ -40,24 +40,30 @@ def emit_reduce(spec: ReduceSpec) -> str:
         "plain": ", plus the shared expert",
         "gated": ", plus the gated shared expert",
     }
-    source = Source(spec, f"Sum over each token's {spec.top_k} slots{shared[spec.shared]}.")
+    what = ", of experts that have an address, added" if spec.by_address else shared[spec.shared]
+    source = Source(spec, f"Sum over each token's {spec.top_k} slots{what}.")
     source.const(EXPERTS=spec.experts, TOP_K=spec.top_k, N=spec.n, SPLIT_K=spec.split_k)
     source.const(BLOCK_N=spec.block)
     source.args("part_ptr", "id_ptr")
     source.args(
         *{"plain": ["shared_ptr"], "gated": ["shared_ptr", "gate_ptr"]}.get(spec.shared, [])
     )
-    source.args("y_ptr")
+    source.args(*(["expert_at_ptr"] if spec.by_address else []), "y_ptr")
     source.sizes("num_tokens")
+    zero, there = "tl.zeros((BLOCK_N,), dtype=tl.float32)", ["here = (id >= 0) & (id < EXPERTS)"]
+    if spec.by_address:
+        zero = "tl.load(y_ptr + token * N + n, mask=n_ok, other=0.0)"
+        there.append("here = tl.load(expert_at_ptr + id, mask=here, other=0) != 0")
     source.line(
         "token = tl.program_id(0).to(tl.int64)",
         "n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)",
         "n_ok = n < N",
-        "acc = tl.zeros((BLOCK_N,), dtype=tl.float32)",
+        f"acc = {zero}",
         "for j in tl.static_range(TOP_K):",
         "    slot = token * TOP_K + j",
         "    id = tl.load(id_ptr + slot)",
-        "    end = tl.where((id >= 0) & (id < EXPERTS), N, 0)  # other rows were never written",
+        *(f"    {line}" for line in there),
+        "    end = tl.where(here, N, 0)  # other rows were never written",
         "    for split in tl.static_range(SPLIT_K):",
         "        at = part_ptr + (split * (num_tokens * TOP_K) + slot) * N + n",
         "        acc += tl.load(at, mask=n < end, other=0.0).to(tl.float32)",

@@ -25,18 +25,17 @@ class ExpertsRunner:
     """The experts of every layer that ``layer`` describes, one layer at a time::
 
         runner.begin(x, ids, weights)     # sorts the tokens by expert
-        runner.run(addresses)             # experts whose address is not 0; any number of times
-        y = runner.finish()               # [tokens, hidden], the weighted sum
+        runner.run(addresses, sums)       # experts whose address is not 0; any number of times
 
     ``addresses`` [experts] (int64, on the device) says where each expert's bytes begin, laid out as
-    the layer's ``up_place`` and ``down_place`` say; ``addresses.py`` makes such tables from slots.
-    Every expert that tokens chose must be in exactly one ``run``, but those that ``begin`` is told
-    are elsewhere (on the CPU, on another device): they add nothing to y.
+    the layer's ``up_place`` and ``down_place`` say; ``addresses.py`` makes such tables from slots
+    and from tensors. Each ``run`` adds its experts' weighted outputs to ``sums`` [tokens, hidden]
+    (float32), so experts of elsewhere (on the CPU, on another device) are simply never run.
 
     Work goes to the current stream, in order; buffers for up to ``tokens`` tokens are allocated
-    here, once, and y is a view of one of them until the next ``begin``. Two streams need two
-    runners. ``load`` gives the kernel of a spec, by default compiled from its emitted source in
-    ``folder`` at the first launch. Raises InputError when no bucket holds ``tokens``.
+    here, once. Two streams need two runners. ``load`` gives the kernel of a spec, by default
+    compiled from its emitted source in ``folder`` at the first launch. Raises InputError when no
+    bucket holds ``tokens``.
     """
 
     def __init__(
@@ -55,8 +54,8 @@ class ExpertsRunner:
             )
         self.layer, self.tokens = layer, tokens
         self.ladder = sorted(ladder, key=lambda kernels: kernels.bucket)
-        used = [kernels for kernels in self.ladder if kernels.bucket[0] <= tokens]
         kernels_for(layer, self.ladder, tokens)
+        used = [kernels for kernels in self.ladder if kernels.bucket[0] <= tokens]
         self._kernels: dict[KernelSpec, Kernel] = {
             spec: load(spec, folder) for kernels in used for spec in kernels.specs()
         }
@@ -69,69 +68,52 @@ class ExpertsRunner:
         """Bytes of the runner's buffers."""
         return sum(buffer.nbytes for buffer in self.buffers.values())
 
-    def forward(
-        self,
-        x: Tensor,
-        ids: Tensor,
-        weights: Tensor,
-        addresses: Tensor,
-        here: Tensor | None = None,
-    ) -> Tensor:
-        """``begin``, one ``run`` and ``finish``: y [tokens, hidden]."""
-        self.begin(x, ids, weights, here)
-        self.run(addresses)
-        return self.finish()
-
-    def begin(self, x: Tensor, ids: Tensor, weights: Tensor, here: Tensor | None = None) -> None:
-        """Take the tokens x [tokens, hidden] with their experts ``ids`` (any integer dtype) and
-        routing ``weights``, both [tokens, top_k], and sort them by expert.
-
-        ``here`` [experts] (bool) are the experts that will be run here; all where it is None.
-        Numbers outside the layer's experts mean no expert. Raises InputError for other shapes.
-        """
+    def begin(self, x: Tensor, ids: Tensor, weights: Tensor) -> None:
+        """Take the tokens x [tokens, hidden] with their experts ``ids`` (any integer dtype; numbers
+        that are not the layer's experts' mean none) and routing ``weights``, both [tokens, top_k],
+        and sort them by expert. x is read until the last ``run``. Raises InputError for other
+        shapes."""
         layer, tokens = self.layer, len(x)
         self._check(x, ids, weights)
-        if here is not None:
-            known = ids.clamp(0, layer.experts - 1).long()
-            ids = torch.where(here[known], ids, -1)
         buffers = self.buffers
         buffers["id_ptr"][:tokens].copy_(ids)
         buffers["routed_weight_ptr"].view(-1, layer.top_k)[:tokens].copy_(weights)
         self._now = now = kernels_for(layer, self.ladder, tokens)
+        parts = sort_parts(tokens * layer.top_k)
         self._values = buffers | {
             "num_tokens": tokens,
             "num_slots": tokens * layer.top_k,
             "part_ptr": buffers["part"].view(TORCH_DTYPES[now.down.out]),
             "tokens": x,
+            "chunk": SORT_PART,
+            "parts": parts,
         }
-        parts = sort_parts(tokens * layer.top_k)
-        values = {**self._values, "chunk": SORT_PART, "parts": parts}
         if not now.sort.one_launch:
-            self._kernels[now.sort]((parts,), values, f"{now.sort.name}_count")
-        self._launch(now.sort, values)
+            self._kernels[now.sort]((parts,), self._values, f"{now.sort.name}_count")
+        self._launch(now.sort, {})
 
-    def run(self, addresses: Tensor) -> None:
-        """The products of all experts whose address is not 0, for the tokens of ``begin``."""
-        now = self._begun()
-        common = {**self._values, "expert_at_ptr": addresses}
-        hidden = self.buffers["hidden"]
-        self._launch(now.up, common | {"x_ptr": common["tokens"], "y_ptr": hidden})
-        self._launch(now.down, common | {"x_ptr": hidden, "y_ptr": common["part_ptr"]})
-
-    def finish(self) -> Tensor:
-        """The weighted sum over each token's experts, [tokens, hidden]."""
-        now = self._begun()
-        self._launch(now.reduce, self._values)
-        return self.buffers["y_ptr"][: self._values["num_tokens"]]
-
-    def _begun(self) -> LayerKernels:
-        if self._now is None:
-            raise InputError(f"layer {self.layer.name}: run and finish come after begin")
-        return self._now
+    def run(self, addresses: Tensor, sums: Tensor) -> None:
+        """Add what the experts whose address is not 0 make of the tokens of ``begin`` to ``sums``
+        [tokens, hidden], float32 and contiguous. Raises InputError before ``begin``, or for another
+        kind of sums."""
+        now, layer = self._now, self.layer
+        if now is None:
+            raise InputError(f"layer {layer.name}: run comes after begin")
+        expected = (self._values["num_tokens"], layer.hidden)
+        if sums.shape != expected or sums.dtype != torch.float32 or not sums.is_contiguous():
+            raise InputError(
+                f"layer {layer.name}: found sums {list(sums.shape)} of {sums.dtype}, expected "
+                f"contiguous {list(expected)} of torch.float32"
+            )
+        hidden, part = self.buffers["hidden"], self._values["part_ptr"]
+        there = {"expert_at_ptr": addresses}
+        self._launch(now.up, there | {"x_ptr": self._values["tokens"], "y_ptr": hidden})
+        self._launch(now.down, there | {"x_ptr": hidden, "y_ptr": part})
+        self._launch(now.reduce, there | {"y_ptr": sums})
 
     def _launch(self, spec: KernelSpec, values: dict[str, Any]) -> None:
         grid = grid_of(spec, self._values["num_tokens"], self.layer.top_k)
-        self._kernels[spec](grid, values)
+        self._kernels[spec](grid, {**self._values, **values})
 
     def _check(self, x: Tensor, ids: Tensor, weights: Tensor) -> None:
         layer, tokens = self.layer, len(x)

@@ -4,6 +4,7 @@ Every size that depends on routing stays on the device, so a forward pass reads 
 be captured in a CUDA graph; the same code runs in Triton's interpreter on CPU tensors.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,7 +146,22 @@ def kernels_for(layer: LayerSpec, ladder: Sequence[LayerKernels], tokens: int) -
 def layer_buffers(
     layer: LayerSpec, ladder: Sequence[LayerKernels], tokens: int, device: str
 ) -> dict[str, Tensor]:
-    """Every intermediate tensor, as large as the most demanding bucket needs it."""
+    """Every intermediate tensor, as large as the most demanding bucket needs it, zero."""
+    return {
+        name: torch.zeros(shape, dtype=dtype, device=device)
+        for name, (shape, dtype) in _buffer_shapes(layer, ladder, tokens).items()
+    }
+
+
+def buffer_bytes(layer: LayerSpec, ladder: Sequence[LayerKernels], tokens: int) -> int:
+    """Bytes of the buffers that a runner for so many tokens takes."""
+    found = _buffer_shapes(layer, ladder, tokens).values()
+    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in found)
+
+
+def _buffer_shapes(
+    layer: LayerSpec, ladder: Sequence[LayerKernels], tokens: int
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     rows = tiles = part_bytes = 0
     for kernels in ladder:
         count = min(tokens, kernels.bucket[1])
@@ -155,24 +171,21 @@ def layer_buffers(
         part_bytes = max(part_bytes, count * layer.top_k * layer.hidden * width)
     dtype, slots = TORCH_DTYPES[layer.x], tokens * layer.top_k
     bins = power_of_two(layer.experts + 1)
-
-    def ints(*shape: int) -> Tensor:
-        return torch.zeros(shape, dtype=torch.int32, device=device)
-
-    def floats(*shape: int) -> Tensor:
-        return torch.zeros(shape, dtype=dtype, device=device)
-
-    return {
-        "id_ptr": ints(tokens, layer.top_k),
-        "routed_weight_ptr": torch.zeros(slots, device=device),
-        "slot_ptr": ints(rows),
-        "tile_expert_ptr": ints(tiles),
-        "count_ptr": ints(layer.experts),
-        "num_rows_ptr": ints(1),
-        "partial_ptr": ints(sort_parts(slots), bins),
-        "hidden": floats(rows, layer.inter),
-        "part": torch.zeros(part_bytes, dtype=torch.uint8, device=device),
-        "shared_hidden": floats(tokens, max(1, layer.shared)),
-        "shared_ptr": floats(tokens, layer.hidden),
-        "y_ptr": floats(tokens, layer.hidden),
+    found = {
+        "id_ptr": ((tokens, layer.top_k), torch.int32),
+        "routed_weight_ptr": ((slots,), torch.float32),
+        "slot_ptr": ((rows,), torch.int32),
+        "tile_expert_ptr": ((tiles,), torch.int32),
+        "count_ptr": ((layer.experts,), torch.int32),
+        "num_rows_ptr": ((1,), torch.int32),
+        "partial_ptr": ((sort_parts(slots), bins), torch.int32),
+        "hidden": ((rows, layer.inter), dtype),
+        "part": ((part_bytes,), torch.uint8),
+    }
+    if layer.up_place is not None:
+        return found
+    return found | {
+        "shared_hidden": ((tokens, max(1, layer.shared)), dtype),
+        "shared_ptr": ((tokens, layer.hidden), dtype),
+        "y_ptr": ((tokens, layer.hidden), dtype),
     }

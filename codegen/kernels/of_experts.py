@@ -13,10 +13,13 @@ DTYPES: Mapping[str, Dtype] = {"bfloat16": "bf16", "float16": "fp16", "float32":
 
 
 def packed(experts: Experts) -> dict[str, int]:
-    """Bytes from an expert's start to each of its tensors when they follow each other as they are
-    listed, which is how a checkpoint's experts are read and copied."""
+    """Bytes from an expert's start to each of its tensors as the GPU runtime packs them, without
+    gaps: first those of whole 16 bytes, so that they begin at such, then by falling size of an
+    element, and else as they are listed."""
     found, at = {}, 0
-    for tensor in experts.tensors:
+    for tensor in sorted(
+        experts.tensors, key=lambda one: (one.nbytes % ALIGNED > 0, -ITEMSIZE[one.dtype])
+    ):
         found[tensor.part] = at
         at += tensor.nbytes
     return found

@@ -52,7 +52,7 @@ def with_kernels(plan: Plan, graph: TaskGraph) -> Plan:
         return _without(plan, f"{said}; kernels are emitted for {known}")
     costs = GpuCosts(plan.machine, graph.dtype, plan.workload.routing)
     phases = GpuPredictor(layout, costs).phases(plan.workload)
-    rungs = token_rungs([phase.work.tokens for phase in phases])
+    rungs = token_rungs([layout.dispatch.step_tokens, *(phase.work.tokens for phase in phases)])
     layers, refused = _layers(graph)
     if not layers:
         return _without(plan, "; ".join(refused) or "the model has no routed experts of its own")
