@@ -30,7 +30,7 @@ from dovetail.tuning.worker import Job
 from dovetail.tuning_db.database import Database
 from dovetail.tuning_db.facts import Trial
 from dovetail.tuning_db.trials import Trials
-from dovetail.tuning_db.winners import median_interval, ranked
+from dovetail.tuning_db.winners import ranked, ratio_interval
 
 RACE_SECONDS = 45.0
 """A race of short runs has more rounds: the lowest of some medians is lower than it ought to be by
@@ -229,7 +229,7 @@ def _sampled(
     untuned = moves_digest(job.untuned.moves)
     mine = moves_digest(exported)
     pairs = zip(race[mine], race[untuned], strict=True)
-    interval = median_interval([a / b for a, b in pairs])
+    interval = ratio_interval([a / b for a, b in pairs])
     timed = [row for row in rows if row.state != "invalid"]
     begin = min(datetime.fromisoformat(row.created_at) for row in rows)
     near = {digest for digest, seconds in middle.items() if seconds <= NEAR * best}

@@ -94,8 +94,8 @@ class Candidate:
 class Evidence:
     """What `dovetail tune` found of a plan. ``outcome`` is ``tuned`` where the schedule beat the
     untuned one, ``untuned`` where none did and the plan is the untuned one, ``simulated`` where
-    nothing was run. ``ratio`` is its time over the untuned plan's, the median of ``pairs`` runs of
-    ``sample`` in turn, between ``low`` and ``high`` with 98 % confidence."""
+    nothing was run. ``ratio`` is its time over the untuned plan's, the typical one of ``pairs``
+    runs of ``sample`` in turn, between ``low`` and ``high`` with 98.5 % confidence."""
 
     outcome: Literal["tuned", "untuned", "simulated"]
     reason: str

@@ -142,7 +142,7 @@ def test_gate_does_not_believe_luck(tmp_path: Path) -> None:
     noise = cases.FakeMeasurer(
         formula=lambda m: 1.0, noise=lambda n: 1 + 0.2 * ((n * 7919) % 5 - 2) / 2
     )
-    search, _, database = cases.search(tmp_path / "a.db", 80.0, "random", measurer=noise)
+    search, _, database = cases.search(tmp_path / "a.db", 120.0, "random", measurer=noise)
     with database:
         search.run()
         search.gate()

@@ -3,6 +3,7 @@
 import math
 from pathlib import Path
 
+import numpy
 import pytest
 from tests import tune_cases as cases
 from tests.plan_cases import WORKLOAD
@@ -13,29 +14,28 @@ from dovetail.tuning.measure import EARLIEST, HOPELESS, Measurer, Terms
 from dovetail.tuning.rank import Ranker
 from dovetail.tuning.residuals import NOISE, Residuals
 from dovetail.tuning.worker import Answer, Ask, Job
-from dovetail.tuning_db.winners import GATE_CONFIDENCE, median_interval
+from dovetail.tuning_db.winners import GATE_CONFIDENCE, _outside, ratio_interval
 
 
 def test_gate_lets_luck_through_as_rarely_as_one_look_at_95_percent() -> None:
-    """The walk of wins and losses of a schedule that is no faster, counted out."""
-    walks, passed = {0: 1.0}, 0.0
+    """Of many walks of a schedule that is no faster, by the ranks that the interval counts."""
+    walks = numpy.random.default_rng(0).standard_normal((20_000, MOST_PAIRS))
+    passed = numpy.zeros(len(walks), dtype=bool)
     for pairs in range(1, MOST_PAIRS + 1):
-        halves = [(wins + won, share / 2) for wins, share in walks.items() for won in (0, 1)]
-        walks = {}
-        for wins, share in halves:
-            ratios = [0.9] * wins + [1.1] * (pairs - wins)
-            if median_interval(ratios, GATE_CONFIDENCE).faster:
-                passed += share
-            else:
-                walks[wins] = walks.get(wins, 0.0) + share
-    assert 0.015 < passed <= 0.025
+        seen = walks[:, :pairs]
+        ranks = numpy.abs(seen).argsort(1).argsort(1) + 1
+        passed |= (ranks * (seen > 0)).sum(1) < _outside(pairs, (1 - GATE_CONFIDENCE) / 2)
+    assert 0.02 < passed.mean() < 0.026
+    one = numpy.exp(walks[passed][0])
+    looks = [ratio_interval(one[:n].tolist(), GATE_CONFIDENCE) for n in range(1, MOST_PAIRS + 1)]
+    assert any(look.faster for look in looks), "the interval says what the ranks say"
 
 
 def test_gate_ends_as_soon_as_more_pairs_cannot_change_it() -> None:
     assert not decided([0.9] * (FEWEST - 1)) and decided([0.9] * FEWEST)
     assert decided([1.1] * FEWEST), "slower"
-    assert decided([0.9, 1.1] * 4), "no better after enough pairs"
-    assert not decided([0.9] * 5 + [1.1] + [0.9]), "may still be faster"
+    assert decided([0.9, 1.2] * 4), "no better after enough pairs"
+    assert not decided([0.9] * 5 + [1.1] + [0.9] * 2), "may still be faster"
     assert decided([0.9] * 3 + [1.1] * 16), "too many losses for what is left"
 
 

@@ -16,7 +16,7 @@ from dovetail.tuning_db.database import Database, Run, TaskSample
 from dovetail.tuning_db.facts import Correction, Key, Protocol, State, Task, Trial, Tuning
 from dovetail.tuning_db.maintain import check, counts, export, merge, prune
 from dovetail.tuning_db.trials import Trials
-from dovetail.tuning_db.winners import median_interval, pooled, ranked, winner
+from dovetail.tuning_db.winners import pooled, ranked, ratio_interval, winner
 
 SILICON = {"processor": "Test 9000", "cores": "2"}
 SOFTWARE = {"torch": "2.13.0"}
@@ -173,20 +173,27 @@ def test_prune_leaves_what_queries_need(tmp_path: Path) -> None:
         assert left == {"environment": 1, "correction": 1} and check(db) == []
 
 
-@given(st.lists(st.floats(0.1, 10.0), max_size=40))
-def test_interval_encloses_the_median_and_needs_six_samples(samples: list[float]) -> None:
-    found = median_interval(samples)
-    if len(samples) < 6:
-        assert (found.low, found.high) == (0.0, float("inf"))
-        return
-    assert min(samples) <= found.low <= found.median <= found.high <= max(samples)
-    wider = median_interval(samples, 0.99)
+@given(st.lists(st.floats(0.5, 2.0), min_size=1, max_size=12))
+def test_ratio_interval_lies_around_its_estimate_and_does_not_ask_who_is_first(
+    ratios: list[float],
+) -> None:
+    found = ratio_interval(ratios)
+    assert len(ratios) >= 6 or (found.low, found.high) == (0.0, float("inf"))
+    assert found.low <= found.median * (1 + 1e-9) and found.median <= found.high * (1 + 1e-9)
+    turned = ratio_interval([1 / ratio for ratio in ratios])
+    assert turned.median == pytest.approx(1 / found.median)
+    assert turned.faster == found.slower and turned.slower == found.faster
+    wider = ratio_interval(ratios, 0.99)
     assert wider.low <= found.low and found.high <= wider.high
 
 
-def test_interval_covers_as_often_as_it_says() -> None:
-    # Of 8 samples the smallest and largest enclose the median in all but 2 of 256 cases.
-    assert median_interval(range(1, 9)).low == 1 and median_interval(range(1, 10)).low == 2
+def test_ratio_interval_counts_signed_ranks() -> None:
+    """All signs of n ranks, counted out: six wins in a row are 1 of 64 on either side."""
+    assert ratio_interval([0.9] * 6).faster and not ratio_interval([0.9] * 5).faster
+    wins = [0.9, 0.91, 0.92, 0.93, 0.94, 0.95, 0.96, 0.97]
+    # One loss, smaller than all wins, leaves a sum of 1: 2 of 512 sums are as low.
+    assert ratio_interval([*wins, 1.001], 0.99).faster
+    assert not ratio_interval([*wins, 1.4], 0.99).faster, "the loss is the largest of all"
 
 
 def test_winner_must_be_beyond_doubt() -> None:
@@ -205,7 +212,7 @@ def test_failures_outweigh_samples_and_throttled_ones_do_not_count() -> None:
     assert one.ratios == (*[0.5] * 8, 0.6)
 
 
-@given(st.permutations([trial(n, *[0.9] * 7) for n in range(4)]))
+@given(st.permutations([trial(n, *[0.9] * 8) for n in range(4)]))
 def test_ties_are_broken_alike_in_any_order(trials: list[Trial]) -> None:
     first = winner(trials)
     assert first and first.digest == min(t.digest for t in trials)

@@ -1,19 +1,20 @@
 """The gate: fresh pairs of the best few, looked at after every pair, which alone decide.
 
 Looking again and again makes luck likelier: of schedules that are no faster, an interval of 95 %
-after every pair from the sixth to the twentieth would let 5 % through instead of 2.5 %. At 98 % it
-is 2.0 % (the walk of wins and losses counted out), so that is what each look asks for.
+after every pair up to the twentieth would let 8 % through instead of 2.5 %. At 98.5 % it is 2.4 %
+(counted in forty thousand walks), so that is what each look asks for.
 """
 
 import statistics
 from collections.abc import Sequence
 
 from dovetail.tuning_db.facts import Trial
-from dovetail.tuning_db.winners import GATE_CONFIDENCE, median_interval, pooled, winner
+from dovetail.tuning_db.winners import GATE_CONFIDENCE, pooled, ratio_interval, winner
 
-FEWEST = 7
+FEWEST = 8
 """Pairs that can show anything: so many wins in a row."""
 MOST_PAIRS = 20
+FAR_FASTER = 1e-6
 FINALISTS = 3
 DEFAULT, SEARCH, CONFIRM, GATE = "default", "", "confirm", "gate"
 """What a trial's note says of why it was made, if nothing else is to be said."""
@@ -22,11 +23,11 @@ DEFAULT, SEARCH, CONFIRM, GATE = "default", "", "confirm", "gate"
 def decided(ratios: Sequence[float]) -> bool:
     """Whether more pairs cannot change what these say: faster or slower beyond doubt, or too few
     wins for the pairs that may be left."""
-    found = median_interval(ratios, GATE_CONFIDENCE)
+    found = ratio_interval(ratios, GATE_CONFIDENCE)
     if found.faster or found.slower:
         return True
     left = MOST_PAIRS - len(ratios)
-    at_best = median_interval([*ratios, *[0.0] * left], GATE_CONFIDENCE)
+    at_best = ratio_interval([*ratios, *[FAR_FASTER] * left], GATE_CONFIDENCE)
     return not at_best.faster or (len(ratios) >= FEWEST and found.median >= 1.0)
 
 

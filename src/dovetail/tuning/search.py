@@ -17,7 +17,6 @@ from dovetail.tuning.gate import (
     CONFIRM,
     DEFAULT,
     FEWEST,
-    FINALISTS,
     GATE,
     MOST_PAIRS,
     SEARCH,
@@ -45,8 +44,8 @@ STOPPED = 1.4
 """The ratio that one is taken to have that was stopped half-way."""
 PATIENCE = 40
 """Timed candidates without a better one after which the search has converged."""
-GATE_SHARE, GATE_PAIRS = 0.3, 10
-"""The share of the budget kept for the gate, and the pairs it is kept for."""
+GATE_SHARE, GATE_PAIRS, MOST_OF_BUDGET = 0.25, 12, 0.5
+"""The share of the budget kept for the gate, the pairs it is kept for, and no more than this."""
 
 
 class Search:
@@ -120,7 +119,7 @@ class Search:
         """Time the best few again, in fresh pairs, until one is faster beyond doubt or the budget
         is spent: these pairs decide."""
         left = finalists(self._known.rows)
-        while len(left) > 1 and self._has_time(GATE_PAIRS + 2 * len(left)):
+        while len(left) > 1 and self._has_time(GATE_PAIRS + len(left)):
             again = sorted((self._again(t, 2, CONFIRM), t.digest, t) for t in left)
             left = [trial for _, _, trial in again[: (len(again) + 1) // 2]]
         # One that turns out to be no better leaves the rest of the time to the next.
@@ -286,7 +285,7 @@ class Search:
 
     def _reserve(self) -> float:
         """Seconds that the gate will need; while nothing is faster, no more than the fewest."""
-        if self.best >= 1.0:
-            return min((FEWEST + 1) * self._pair_seconds(), 0.5 * self.clock.budget)
-        gate = (GATE_PAIRS + 3 * FINALISTS) * self._pair_seconds()
-        return min(max(GATE_SHARE * self.clock.budget, gate), 0.6 * self.clock.budget)
+        pairs = GATE_PAIRS if self.best < 1.0 else FEWEST + 1
+        share = GATE_SHARE if self.best < 1.0 else 0.0
+        seconds = max(share * self.clock.budget, pairs * self._pair_seconds())
+        return min(seconds, MOST_OF_BUDGET * self.clock.budget)
