@@ -10,7 +10,7 @@ class Argument:
     number. Pointers must be multiples of 16 bytes: the binary was compiled for such."""
 
     name: str
-    kind: str
+    type: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from dovetail.ir import codec
+from dovetail.ir.kernel_binary import KernelBinary
 from dovetail.ir.kernel_parts import Activation, Dtype, Place, Weights
 from dovetail.ir.kernel_spec import (
     ActivateSpec,
@@ -111,3 +112,5 @@ class KernelReference:
     compiler: str = ""
     registers: int = 0
     shared_bytes: int = 0
+    binaries: tuple[KernelBinary, ...] = field(default=(), metadata=codec.LATER)
+    """One for each function of the source, where they were asked for."""

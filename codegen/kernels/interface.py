@@ -131,11 +131,11 @@ def interface_problems(binary: KernelBinary, content: bytes) -> list[str]:
 
 def argument_bytes(argument: Argument) -> int:
     """Bytes of an argument in a launch. Raises InputError for a type that is none of a launch."""
-    if argument.kind.startswith("*"):
+    if argument.type.startswith("*"):
         return POINTER_BYTES
-    if argument.kind == "i32":
+    if argument.type == "i32":
         return 4
-    raise InputError(f"argument {argument.name}: {argument.kind} cannot be passed to a binary")
+    raise InputError(f"argument {argument.name}: {argument.type} cannot be passed to a binary")
 
 
 def _sizes(parameters: list[Parameter] | tuple[Parameter, ...]) -> str:

@@ -22,6 +22,11 @@ def kernels_parser(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="compile ahead of time and refuse kernels that spill or miss their instruction",
     )
+    make.add_argument(
+        "--binaries",
+        action="store_true",
+        help="compile each kernel into a file too, which runs without Triton where it fits",
+    )
     make.set_defaults(command=_make)
     check = actions.add_parser("check", help="compare sources with their manifest")
     check.add_argument("folder", type=Path, metavar="DIR")
@@ -37,7 +42,9 @@ def _make(options: argparse.Namespace) -> int:
     if options.arch not in ARCHS:
         raise InputError(f"--arch {options.arch}: kernels are emitted for {', '.join(ARCHS)}")
     layer = layer_of_config(_config(options.config))
-    made = write_kernels(layer, ARCHS[options.arch], options.out, gate=options.gate)
+    made = write_kernels(
+        layer, ARCHS[options.arch], options.out, gate=options.gate, binaries=options.binaries
+    )
     for kernels in made.ladder:
         up, down = kernels.up.tile, kernels.down.tile
         print(
@@ -46,6 +53,10 @@ def _make(options: argparse.Namespace) -> int:
         )
     gated = ", passed the gate" if options.gate else ""
     print(f"{len(made.kernels)} kernels in {options.out}{gated}")
+    if options.binaries:
+        files = sum(len(reference.binaries) for reference in made.kernels)
+        without = sum(not reference.binaries for reference in made.kernels)
+        print(f"{files} binaries, {without} kernels by TMA are compiled where they run")
     return 0
 
 

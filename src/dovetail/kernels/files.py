@@ -36,17 +36,25 @@ class KernelSet:
 
 
 def write_kernels(
-    layer: LayerSpec, arch: Arch, folder: Path, ladder: Sequence[int] = LADDER, gate: bool = False
+    layer: LayerSpec,
+    arch: Arch,
+    folder: Path,
+    ladder: Sequence[int] = LADDER,
+    gate: bool = False,
+    binaries: bool = False,
 ) -> KernelSet:
     """Choose, emit and write a layer's kernels and their manifest to ``folder``.
 
     With ``gate`` every kernel is compiled ahead of time and held against its budget; the next best
     takes the place of a tile that does not pass, and registers and shared memory go into the
-    references. Raises InputError where a kernel without alternatives does not pass, or Triton is
-    not installed.
+    references. With ``binaries`` each is compiled into a file beside its source; kernels that load
+    by TMA are left to Triton, which makes their descriptors. Raises InputError where a kernel
+    without alternatives does not pass, or Triton is not installed.
     """
-    if gate and importlib.util.find_spec("triton") is None:
-        raise InputError("the gate compiles kernels with Triton, which is not installed here")
+    if (gate or binaries) and importlib.util.find_spec("triton") is None:
+        raise InputError("kernels are compiled with Triton, which is not installed here")
+    if binaries and arch.backend != "cuda":
+        raise InputError(f"binaries are launched on NVIDIA GPUs only, {arch.name} is none")
     folder.mkdir(parents=True, exist_ok=True)
     taken: dict[KernelSpec, Taken] = {}
     refused: set[GemmSpec] = set()
@@ -59,6 +67,10 @@ def write_kernels(
         if len(refused) == before:
             break
     references = tuple(_write(spec, arch, folder, taken.get(spec)) for spec in specs)
+    if binaries:
+        from dovetail.kernels.binaries import add_binaries
+
+        references = tuple(add_binaries(one, arch, folder, layer.top_k) for one in references)
     found = KernelSet(layer, arch.name, chosen, references)
     text = json.dumps(codec.encode(found), indent=1, ensure_ascii=False) + "\n"
     (folder / MANIFEST).write_text(text, encoding="utf-8")
@@ -116,6 +128,10 @@ def check_kernels(folder: Path) -> KernelSet:
     found = codec.decode(data, KernelSet)
     for reference in found.kernels:
         check_reference(reference, folder)
+        if reference.binaries:
+            from dovetail.kernels.binaries import check_binaries
+
+            check_binaries(reference, folder, found.layer.top_k)
     return found
 
 
