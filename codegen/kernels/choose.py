@@ -20,12 +20,13 @@ from dovetail.ir.kernel_spec import GemmSpec, ReduceSpec, SortSpec
 
 LADDER = (1, 16, 64, 256, 1024, 4096, 16384)
 """Token counts that layers are prepared for; a count runs on the next larger one's kernels."""
-_ROWS = (16, 32, 64, 128)
-_OUTPUTS = (LEAST_N, 128, 256)
-_DEPTHS = (LEAST_K, 64, 128)
-_WARPS = (4, 8)
-_STAGES = (2, 3, 4, 5)
-_SPLITS = (1, 2, 4)
+ROWS = (16, 32, 64, 128)
+"""Rows, outputs and depth of tiles, and the compiler's options, that are worth trying."""
+OUTPUTS = (LEAST_N, 128, 256)
+DEPTHS = (LEAST_K, 64, 128)
+WARPS = (4, 8)
+STAGES = (2, 3, 4, 5)
+SPLITS = (1, 2, 4)
 _SPLIT_TOKENS = 256
 """Up to this many tokens a split k axis may pay: beyond, tiles alone fill the GPU."""
 
@@ -40,11 +41,11 @@ class Ranked(NamedTuple):
 def variants(base: GemmSpec, arch: Arch, rows: int) -> Iterator[GemmSpec]:
     """Every legal spec of ``base``'s GEMM with ``rows`` rows per tile, pruned by arithmetic."""
     whole = base.activation is not None or base.store != "slot" or base.bucket[1] > _SPLIT_TOKENS
-    splits = (1,) if whole else _SPLITS
+    splits = (1,) if whole else SPLITS
     orders = (False, True) if rows < 64 else (False,)
     loads: tuple[Literal["pointer", "tma"], ...] = ("pointer", "tma") if arch.tma else ("pointer",)
     for n, k, warps, stages, split, swap, load in itertools.product(
-        _OUTPUTS, _DEPTHS, _WARPS, _STAGES, splits, orders, loads
+        OUTPUTS, DEPTHS, WARPS, STAGES, splits, orders, loads
     ):
         out: Dtype = "fp32" if split > 1 else base.out
         tile = Tile(rows, n, k, warps, stages, split_k=split)
@@ -110,7 +111,7 @@ def choose_layer(
     tokens = bucket[1]
     up, down = _up(layer, bucket), _down(layer, bucket)
     best: tuple[float, GemmSpec, GemmSpec] | None = None
-    for rows in _ROWS:
+    for rows in ROWS:
         ups = rank(up, arch, tokens, rows, 1, refused)
         downs = rank(down, arch, tokens, rows, 1, refused)
         if not ups or not downs:
@@ -135,6 +136,19 @@ def choose_layer(
         down=down,
         reduce=_reduce(layer, down),
         **_shared(layer, arch, bucket, refused),
+    )
+
+
+def with_tiles(kernels: LayerKernels, up: GemmSpec, down: GemmSpec) -> LayerKernels:
+    """A bucket's kernels with other GEMMs, which share the rows of a tile, and what follows from
+    them."""
+    assert up.tile.m == down.tile.m
+    return dataclasses.replace(
+        kernels,
+        up=up,
+        down=down,
+        sort=dataclasses.replace(kernels.sort, tile_m=up.tile.m),
+        reduce=dataclasses.replace(kernels.reduce, split_k=down.tile.split_k),
     )
 
 
@@ -194,6 +208,6 @@ def _shared(
     )  # fmt: skip
     chosen = {}
     for name, base in (("shared_up", up), ("shared_down", down)):
-        ranked = [item for rows in _ROWS for item in rank(base, arch, bucket[1], rows, 1, refused)]
+        ranked = [item for rows in ROWS for item in rank(base, arch, bucket[1], rows, 1, refused)]
         chosen[name] = min(ranked, key=lambda item: item.seconds).spec
     return chosen

@@ -3,13 +3,14 @@
 Nothing here imports torch or Triton: choosing and emitting is arithmetic and text.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from dovetail.codegen.kernels.arch import ARCHS, Arch, arch_of
 from dovetail.codegen.kernels.choose import LADDER, choose_ladder
+from dovetail.codegen.kernels.cost import predicted_seconds
 from dovetail.codegen.kernels.emit import emit_kernel, file_name, source_digest
 from dovetail.codegen.kernels.of_experts import layer_of_experts
 from dovetail.ir.errors import InputError, PlanError
@@ -99,6 +100,42 @@ def ladder_kernels(plan: Plan, ladder: KernelLadder) -> tuple[LayerKernels, ...]
                 )
         found.append(LayerKernels(ladder.arch, rung.bucket, None, activate=None, **named))
     return tuple(found)
+
+
+def kernel_seconds(plan: Plan) -> Iterator[tuple[str, int, float, float]]:
+    """(bodies, tokens, seconds of up, of down) of every rung, as the cost model predicts one
+    layer's launches under uniform routing."""
+    gpu = plan.machine.accelerator
+    arch = arch_of(gpu) if gpu is not None else None
+    for ladder in plan.ladders:
+        for kernels in ladder_kernels(plan, ladder):
+            tokens, on = kernels.bucket[1], arch or ARCHS[ladder.arch]
+            up, down = (predicted_seconds(one, on, tokens) for one in (kernels.up, kernels.down))
+            yield ", ".join(ladder.bodies), tokens, up, down
+
+
+def with_rung(plan: Plan, bodies: tuple[str, ...], kernels: LayerKernels) -> Plan:
+    """The plan with other kernels for one bucket of these bodies, as a measurement found them.
+    Raises PlanError where it has no such bucket."""
+    arch, ladders, specs = ARCHS[kernels.arch], [], dict[KernelSpec, None]()
+    found = False
+    for ladder in plan.ladders:
+        rungs = list(ladder_kernels(plan, ladder))
+        if ladder.bodies == bodies:
+            at = [index for index, rung in enumerate(rungs) if rung.bucket == kernels.bucket]
+            found = found or bool(at)
+            for index in at:
+                rungs[index] = kernels
+        specs |= dict.fromkeys(spec for rung in rungs for spec in rung.specs())
+        ladders.append(replace(ladder, rungs=tuple(map(_rung, rungs))))
+    if not found:
+        raise PlanError(
+            f"the plan has no kernels of {', '.join(bodies)} for {kernels.bucket[0]} to "
+            f"{kernels.bucket[1]} tokens; plan again"
+        )
+    known = {reference.spec: reference for reference in plan.kernels}
+    references = tuple(known.get(spec) or _reference(spec, arch) for spec in specs)
+    return replace(plan, kernels=references, ladders=tuple(ladders))
 
 
 def save_kernels(plan: Plan, folder: Path) -> None:

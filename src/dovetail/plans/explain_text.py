@@ -5,6 +5,7 @@ import textwrap
 from dovetail.ir.notation import table
 from dovetail.ir.plan import Plan
 from dovetail.ir.units import format_bytes, format_duration
+from dovetail.kernels.planned import kernel_seconds
 from dovetail.passes.engine_use import EngineUse
 from dovetail.passes.sensitivity import Effect, Sensitivity
 from dovetail.plans.explain import Explanation, Facts, Reason
@@ -31,8 +32,25 @@ def explanation_text(found: Explanation) -> str:
         _effects(found.sensitivity),
         _second(found),
         _others(found),
+        _kernels(found.plan),
     ]
     return "\n\n".join("\n".join(lines) for lines in sections if lines)
+
+
+def _kernels(plan: Plan) -> list[str]:
+    """What the kernels of a GPU plan are expected to take, or why it has none."""
+    if plan.no_kernels and not plan.kernels:
+        return _wrap(f"Its experts run as torch's products, without kernels: {plan.no_kernels}.")
+    if not plan.kernels:
+        return []
+    lines = _wrap(
+        "Tiles of the experts' kernels are the cost model's fastest of all that fit the "
+        "GPU; predicted for one layer with all its experts in hbm:"
+    )
+    rows = [("experts of", "tokens", "up", "down")]
+    for bodies, tokens, up, down in kernel_seconds(plan):
+        rows.append((bodies, f"{tokens}", format_duration(up), format_duration(down)))
+    return [*lines, *table(rows, right=(1, 2, 3))]
 
 
 def _winner(found: Explanation) -> list[str]:
