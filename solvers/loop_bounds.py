@@ -11,6 +11,11 @@
                 (capacity) units start at R or later. Let E be the end of the last of them and X the
                 least time between the end of any first op and any release of the next iteration:
                 E >= R + (their work), and R + T >= E + X. Hence T >= work + X.
+    relay       the same for two pools of which one hands on to the other (loop_relays.py), such as
+                buffers that are read into and those that they are copied to. Whatever took units of
+                the first before R + H, where H is the least time that handing on takes, still has
+                them or was handed on before R and still holds the second at R: together at most
+                both capacities. Hence T >= H + work + X.
 
 Ops that share an engine between two events are bounded by Jackson's preemptive schedule (Carlier,
 1982), over the body unrolled a few times.
@@ -23,6 +28,7 @@ from math import gcd
 from dovetail.solvers.cycle_ratio import smallest_period
 from dovetail.solvers.loop_joins import with_joins
 from dovetail.solvers.loop_problem import Hold, LoopProblem, Op, ranks
+from dovetail.solvers.loop_relays import relays
 
 Node = tuple[str, int]
 # Further iterations would only serve holds that last longer than this many.
@@ -31,8 +37,8 @@ _LONGEST_HOLD = 2
 
 def period_bounds(problem: LoopProblem) -> dict[str, int]:
     """Periods in ticks that no schedule can beat, by what sets them: ``engine:NAME``,
-    ``recurrence``, ``pool:NAME`` and ``refill:NAME``. A pool that is too small for any period has
-    no bound; ``pools_too_small`` names it."""
+    ``recurrence``, ``pool:NAME``, ``refill:NAME`` and ``relay:NAME+NAME``. A pool that is too small
+    for any period has no bound; ``pools_too_small`` names it."""
     unrolled = _Unrolled(problem)
     bounds: dict[str, int] = {}
     for op in problem.ops:
@@ -45,6 +51,10 @@ def period_bounds(problem: LoopProblem) -> dict[str, int]:
         if holds and area is not None:
             bounds[f"pool:{pool}"] = area
             bounds[f"refill:{pool}"] = _refill(unrolled, holds, problem.pools[pool])
+    for relay in relays(problem):
+        capacity = sum(problem.pools[pool] for pool in relay.pools)
+        found = _refill(unrolled, relay.holds, capacity)
+        bounds[f"relay:{'+'.join(relay.pools)}"] = found + relay.ticks if found else 0
     return bounds
 
 

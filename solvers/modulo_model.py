@@ -13,9 +13,12 @@ N copies of the body, the period T a variable, s_x the start of op x in copy 0 (
 
 Copies meet in this model if they are fewer than N iterations apart. Inside a window of W periods
 (s_x + p_x <= W T) and with enough copies those are all that can meet, so every solution is a
-schedule; without a window, every schedule is a solution.
+schedule; without a window, every schedule is a solution. Starting everything later by the same
+ticks changes nothing, so without a window one op is *anchored*: it starts at a fixed tick. That is
+what lets CP-SAT prove anything: every other start gets a domain of a few periods around it.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 from itertools import pairwise
 from math import ceil
@@ -23,6 +26,10 @@ from math import ceil
 from ortools.sat.python import cp_model
 
 from dovetail.solvers.loop_problem import Hold, LoopProblem, ModuloSchedule, release
+
+# Without a window, conflicts of several copies may take a hundred times the seconds that CP-SAT's
+# deterministic time counts; so many per unit of it are left to a body of one op.
+_CONFLICTS = 10_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +51,10 @@ class ModuloModel:
         self, problem: LoopProblem, copies: int, window: int | None, low: int, high: int
     ) -> None:
         self._problem, self._table, self._copies = problem, problem.table, copies
-        self._horizon = (window * high) if window else _horizon(problem, high)
+        # The anchor is in the middle, since ops may start that much before it or after it.
+        reach = window * high if window else _horizon(problem, high)
+        self._horizon = reach if window else 2 * reach
+        self._anchor = None if window else (_anchor(problem), reach)
         self._most = self._horizon + (copies + 1) * high
         self._model = model = cp_model.CpModel()
         self._period = model.new_int_var(low, high, "T")
@@ -56,6 +66,9 @@ class ModuloModel:
                 start = model.new_int_var(0, self._most, f"t_{x}_{copy}")
                 model.add(start == self._starts[x] + copy * self._period)
                 self._copied[x, copy] = start
+        if self._anchor:
+            name, tick = self._anchor
+            model.add(self._starts[name] == tick)
         self._lengths = [model.new_int_var(1, self._most, f"len_{h.first}") for h in problem.holds]
         self._ends: dict[tuple[int, int], cp_model.IntVar] = {}
         self._add_ops(window)
@@ -109,6 +122,8 @@ class ModuloModel:
     def hint(self, schedule: ModuloSchedule) -> None:
         """Gives CP-SAT a schedule to begin with, complete to the last variable."""
         model, period, origin = self._model, schedule.period, min(schedule.starts.values())
+        if self._anchor:
+            origin = schedule.starts[self._anchor[0]] - self._anchor[1]
         starts = {x: start - origin for x, start in schedule.starts.items()}
         model.add_hint(self._period, period)
         for (x, copy), variable in self._copied.items():
@@ -123,6 +138,11 @@ class ModuloModel:
         """Runs CP-SAT for at most ``work``, in its deterministic units."""
         solver = cp_model.CpSolver()
         solver.parameters.max_deterministic_time = work
+        # Proofs take fewer conflicts without this kind of reasoning.
+        solver.parameters.use_precedences_in_disjunctive_constraint = not self._anchor
+        if self._anchor and self._copies > 1:
+            most = ceil(work * _CONFLICTS / len(self._table) ** 2)
+            solver.parameters.max_number_of_conflicts = most
         solver.parameters.random_seed = 0
         solver.parameters.num_workers = workers
         # Workers that take turns give the same answer every time.
@@ -137,6 +157,12 @@ class ModuloModel:
             return Answer(None, bound, spent)
         starts = {x: solver.value(start) for x, start in self._starts.items()}
         return Answer(ModuloSchedule(solver.value(self._period), starts), bound, spent)
+
+
+def _anchor(problem: LoopProblem) -> str:
+    """The op that others depend on the most, and that depends on most others."""
+    ties = Counter(u for op in problem.ops for u, _ in op.after)
+    return max(problem.ops, key=lambda op: (ties[op.name] + len(op.after), op.duration)).name
 
 
 def _horizon(problem: LoopProblem, high: int) -> int:

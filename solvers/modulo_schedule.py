@@ -1,9 +1,10 @@
 """The periodic schedule of a loop on engines with finite buffers, with a bound on its period.
 
 List scheduling first; where that meets the bounds, nothing more is done. Otherwise the model of
-modulo_model.py is solved twice: in a window of N periods, where every answer is a schedule; then,
-if that has not met the bounds, without a window, where the optimum bounds every schedule from
-below, and is itself one if the checker says so. If it is not, N grows.
+modulo_model.py is solved without a window, where the optimum bounds every schedule from below, and
+is itself one if the checker says so: first with one copy, a small problem that often proves all
+there is to prove, then with more. In between it is solved in a window of N periods, where every
+answer is a schedule.
 """
 
 import time
@@ -19,14 +20,14 @@ from dovetail.solvers.list_schedule import (
 )
 from dovetail.solvers.loop_bounds import lowest_period
 from dovetail.solvers.loop_problem import LoopProblem, ModuloSchedule, check, check_problem
-from dovetail.solvers.modulo_model import ModuloModel
+from dovetail.solvers.modulo_model import Answer, ModuloModel
 from dovetail.solvers.retime import retime
 from dovetail.solvers.solved import Solved
 
-# Copies beyond this many cost more than they tell.
-_MOST_COPIES = 6
-# The share of the work that goes to finding schedules before any goes to bounds.
-_WINDOW_SHARE = 0.8
+# Copies beyond this many cost more than they tell, and beyond few they seldom tell more.
+_MOST_COPIES, _FEW_COPIES = 6, 3
+# Shares of the work that is left, first for the bound of one copy, then for finding schedules.
+_FIRST_SHARE, _WINDOW_SHARE = 0.2, 0.6
 
 
 def solve(
@@ -34,9 +35,11 @@ def solve(
     work: float = 10.0,
     workers: int = 1,
     start: ModuloSchedule | None = None,
+    enough: float = 0.0,
 ) -> Solved[ModuloSchedule]:
     """The schedule of the shortest period that is found within ``work``, in CP-SAT's deterministic
     units, about seconds of one core; ``start`` is a legal schedule that it must not be worse than.
+    A period that is proved to be within ``enough`` (a share) of the shortest ends the search.
 
     ``objective`` is the period and ``bound`` what no schedule can beat, both in ticks. With one or
     two ``workers``, bounds of hard bodies stay weak; eight run more kinds of search, in turns, so
@@ -51,10 +54,10 @@ def solve(
     if found is None:
         blocked = blocked_pools(problem) or _blocked(problem, work, workers)
         return infeasible(blocked, time.perf_counter() - begin)
-    search = _Search(problem, found, low, work, workers)
+    search = _Search(problem, found, low, work, workers, enough)
     if start is not None and start.period < found.period and not check(problem, start):
         search.offer(start)
-    if search.best.period > low:
+    if search.open:
         search.run()
     return _solved(search.best, search.bound, time.perf_counter() - begin)
 
@@ -93,10 +96,16 @@ class _Search:
     """The best schedule and the best bound so far, and the work that is left."""
 
     def __init__(
-        self, problem: LoopProblem, best: ModuloSchedule, bound: int, work: float, workers: int
+        self,
+        problem: LoopProblem,
+        best: ModuloSchedule,
+        bound: int,
+        work: float,
+        workers: int,
+        enough: float,
     ) -> None:
         self.problem, self.best, self.bound = problem, best, bound
-        self._work, self._workers = work, workers
+        self._work, self._workers, self._enough = work, workers, enough
         # The list schedule keeps every chain, so it is a hint that the model accepts.
         self._hint = best
         self._reach = max((d for hold in problem.holds for _, d in hold.last), default=0)
@@ -109,22 +118,40 @@ class _Search:
             self._hint = schedule
 
     def run(self) -> None:
-        """Looks for schedules in a window, then for bounds without one."""
-        copies = max(2, _stages(self.problem, self._hint))
-        self._solve(copies + self._reach, copies, self._work * _WINDOW_SHARE)
-        copies = 2
-        while self.best.period > self.bound and self._work > 0 and copies <= _MOST_COPIES:
-            self._solve(copies + self._reach, None, self._work)
-            copies += 1
+        """Looks for bounds, for schedules in a window, and for bounds again."""
+        self._prove(1, self.best.period - 1, self._work * _FIRST_SHARE)
+        if self.open:
+            copies = max(2, _stages(self.problem, self._hint))
+            model = self._model(copies + self._reach, copies, self.best.period)
+            if self._hint.period == self.best.period:
+                model.hint(self._hint)
+            self._take(model.solve(self._work * _WINDOW_SHARE, self._workers))
+        for copies in range(2, 1 + (_FEW_COPIES if self._enough else _MOST_COPIES)):
+            if not self.open or self._work <= 0:
+                break
+            # The most that may still be beaten by more than does not matter.
+            high = min(self.best.period - 1, int(self.best.period / (1 + self._enough)))
+            self._prove(copies + self._reach, high, self._work)
 
-    def _solve(self, copies: int, window: int | None, work: float) -> None:
-        model = ModuloModel(self.problem, copies, window, self.bound, self.best.period)
-        if self._hint.period == self.best.period:
-            model.hint(self._hint)
-        answer = model.solve(work, self._workers)
+    @property
+    def open(self) -> bool:
+        """Whether a schedule may be shorter than the best by more than does not matter."""
+        return self.best.period > self.bound * (1 + self._enough)
+
+    def _prove(self, copies: int, high: int, work: float) -> None:
+        """Tries to prove that no period is ``high`` or less; what is found instead may be a
+        schedule."""
+        if high < self.bound:
+            return
+        answer = self._model(copies, None, high).solve(work, self._workers)
+        self.bound = max(self.bound, high + 1 if answer.impossible else answer.bound)
+        self._take(answer)
+
+    def _model(self, copies: int, window: int | None, high: int) -> ModuloModel:
+        return ModuloModel(self.problem, copies, window, self.bound, high)
+
+    def _take(self, answer: Answer) -> None:
         self._work -= answer.work
-        if window is None:
-            self.bound = min(max(self.bound, answer.bound), self.best.period)
         if answer.schedule is not None and not check(self.problem, answer.schedule):
             found = retime(self.problem, answer.schedule, self.bound) or answer.schedule
             if found.period <= self.best.period:

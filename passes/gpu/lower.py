@@ -76,12 +76,7 @@ def gpu_programs(
 ) -> tuple[GpuProgram, ...]:
     """A program for each kind of step that a workload has: of its steps, that which takes longest
     in all."""
-    longest: dict[str, tuple[float, StepWork]] = {}
-    for phase in predictor.phases(workload):
-        seconds = phase.steps * predictor.step(phase.work)[0]
-        if seconds > longest.get(phase.work.kind, (0.0, phase.work))[0]:
-            longest[phase.work.kind] = (seconds, phase.work)
-    return tuple(lower_gpu(predictor, work, capacity) for _, work in longest.values())
+    return tuple(lower_gpu(predictor, work, capacity) for work in predictor.longest(workload))
 
 
 def simulated_seconds(predictor: GpuPredictor, work: StepWork) -> float:

@@ -6,19 +6,23 @@ can, with queues and events); a move is made only where that beats the policy's 
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 
 from dovetail.ir.moves import Move, Pipeline
 from dovetail.ir.plan import Certificate
 from dovetail.ir.workload import Workload
 from dovetail.passes.gpu.predict import GpuPredictor
 from dovetail.passes.loop.body import TICK, Loop, Order, StepWork
-from dovetail.passes.loop.simulate import pace
+from dovetail.passes.loop.simulate import pace, steady_schedule
 from dovetail.solvers import modulo_schedule
 from dovetail.solvers.loop_bounds import lowest_period
 from dovetail.solvers.loop_problem import LoopProblem, ModuloSchedule
+from dovetail.solvers.retime import retime
 
-WORK = 0.5
+WORK = 0.6
 """Deterministic work of the solver for one loop body; about as many seconds."""
+ENOUGH = 0.015
+"""Share by which a shorter period would not be worth looking for."""
 RESOLUTION = 1500
 """Ticks of a period that the solver sees; finer ones only cost it time."""
 
@@ -35,13 +39,13 @@ def overlap(predictor: GpuPredictor, workload: Workload) -> Overlapped:
     """Pipeline moves for the steps of a workload, one kind of step and layer after the other."""
     moves: list[Move] = []
     certificates: list[Certificate] = []
-    for work, layer in _distinct(predictor, workload):
+    for work, (layer, _) in product(predictor.longest(workload), predictor.kinds):
         loop = predictor.loop(work, layer)
         before = pace(loop).period
         low = lowest_period(loop.problem) * TICK
         best, bound, order = before, low, loop.order
         # What needs no solver may prove that the policy's own order is best.
-        if before > low * (1 + 1e-6):
+        if before > low * (1 + ENOUGH):
             best, solved, order = _solved(loop, before)
             bound = max(low, solved)
         moves += _moves(work, layer, loop, order)
@@ -60,7 +64,10 @@ def _solved(loop: Loop, before: float) -> tuple[float, float, Order]:
     """The solver's period in seconds, or ``before`` where its order is no better, what it proved,
     and the order."""
     grain = max(1, round(before / TICK / RESOLUTION))
-    solved = modulo_schedule.solve(_coarser(loop.problem, grain), work=WORK)
+    coarse, own = _coarser(loop.problem, grain), steady_schedule(loop)
+    starts = {name: start // grain for name, start in own.starts.items()}
+    begin = retime(coarse, ModuloSchedule(max(1, own.period // grain), starts))
+    solved = modulo_schedule.solve(coarse, work=WORK, start=begin, enough=ENOUGH)
     # The solver saw durations rounded down, so that its bound holds for the exact ones.
     bound = (solved.bound or 0) * grain * TICK
     if solved.status != "infeasible":
@@ -69,18 +76,6 @@ def _solved(loop: Loop, before: float) -> tuple[float, float, Order]:
         if found < before * (1 - 1e-6):
             return found, bound, better.order
     return before, bound, loop.order
-
-
-def _distinct(predictor: GpuPredictor, workload: Workload) -> Iterator[tuple[StepWork, int]]:
-    """The longest-running step of each kind, with every kind of layer."""
-    longest: dict[str, tuple[float, StepWork]] = {}
-    for phase in predictor.phases(workload):
-        seconds = phase.steps * predictor.step(phase.work)[0]
-        if seconds > longest.get(phase.work.kind, (0.0, phase.work))[0]:
-            longest[phase.work.kind] = (seconds, phase.work)
-    for _, work in longest.values():
-        for layer, _ in predictor.kinds:
-            yield work, layer
 
 
 def _coarser(problem: LoopProblem, grain: int) -> LoopProblem:

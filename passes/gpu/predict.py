@@ -68,6 +68,16 @@ class GpuPredictor:
                 known[phase.work] = known.get(phase.work, 0.0) + phase.steps
         yield from (Phase(work, steps) for work, steps in known.items())
 
+    def longest(self, workload: Workload) -> dict[StepWork, float]:
+        """Of each kind of step that which takes longest in all, with its seconds, in a run's
+        order."""
+        found: dict[str, tuple[float, StepWork]] = {}
+        for phase in self.phases(workload):
+            seconds = phase.steps * self.step(phase.work)[0]
+            if seconds > found.get(phase.work.kind, (0.0, phase.work))[0]:
+                found[phase.work.kind] = (seconds, phase.work)
+        return {work: seconds for seconds, work in found.values()}
+
     def step(self, work: StepWork) -> tuple[float, dict[str, float], dict[str, float]]:
         """Seconds of a step, its busy seconds by task class, and the bytes of every link."""
         if work not in self._known and work.layer_groups > 1:

@@ -27,7 +27,12 @@ def loop_body(
     and load by itself."""
     b = Builder(layout, costs, work, layer, fine)
     weights = dense(b)
-    bundles = [bundle(b, i, kind, shape, weights) for i, (kind, shape) in enumerate(shapes(b))]
+    bundles: list[Bundle] = []
+    made: list[list[str]] = []
+    for i, (kind, shape) in enumerate(shapes(b)):
+        before = len(b.ops)
+        bundles.append(bundle(b, i, kind, shape, weights))
+        made.append([op.name for op in b.ops[before:]])
     experts = experts_of(layout.graph, layer)
     ends = experts_ends(b, experts, bundles) if experts else tail_ends(b, bundles)
     if weights:
@@ -39,6 +44,8 @@ def loop_body(
         _carry(b, bundles, ends)
         b.turns = _turns(bundles, ends)
     b.contend()
+    if not layout.barrier:
+        _chain_alike(b, made, ends)
     return Loop(b.problem(), b.order(), dict(b.classes), dict(b.nbytes), dict(b.sizes))
 
 
@@ -49,6 +56,23 @@ def _carry(b: Builder, bundles: Sequence[Bundle], ends: list[list[str]]) -> None
         before = ends[i] if own else [name for some in ends for name in some]
         for start in each.starts:
             b.after(start, [(name, 1) for name in before])
+
+
+def _chain_alike(b: Builder, made: Sequence[list[str]], ends: list[list[str]]) -> None:
+    """Bundles whose operations take equally long may as well go first in, first out, in every one
+    of their stages: whichever way a schedule has them, what starts first at a stage can be called
+    the first bundle there, since it is also what ends there first."""
+    table = {op.name: op for op in b.ops}
+    own = len(ends) == len(made)
+    lines: dict[tuple[tuple[str, int], ...], list[list[str]]] = {}
+    for i, names in enumerate(made):
+        last = ends[i] if own else []
+        line = [*names, *(name for name in last if sum(name in some for some in ends) == 1)]
+        key = tuple((table[name].engine, table[name].duration) for name in line)
+        lines.setdefault(key, []).append(line)
+    for found in lines.values():
+        for stage in zip(*found, strict=True):
+            b.chain(stage)
 
 
 def _turns(bundles: Sequence[Bundle], ends: list[list[str]]) -> list[tuple[str, int]]:

@@ -121,6 +121,11 @@ class Builder:
         """Hold one unit of a pool from one operation until others, ``later`` iterations on."""
         self.holds.append(Hold(pool, 1, first, tuple((name, later) for name in last)))
 
+    def chain(self, names: Sequence[str]) -> None:
+        """Let operations that are interchangeable run in the order given."""
+        if len(names) > 1:
+            self.chains.append(tuple(names))
+
     def order(self) -> Order:
         """Every engine's operations as the policy orders them, or as its pipeline moves say."""
         order: dict[str, list[tuple[str, int]]] = {}

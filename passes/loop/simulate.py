@@ -12,7 +12,7 @@ from dovetail.ir.errors import VerifyError
 from dovetail.ir.timeline import Span, Timeline
 from dovetail.passes.loop.body import TICK, Loop
 from dovetail.passes.loop.work import Order
-from dovetail.solvers.loop_problem import Hold, LoopProblem, Op
+from dovetail.solvers.loop_problem import Hold, LoopProblem, ModuloSchedule, Op
 
 WARM, MEASURED = 4, 4
 """Iterations before the period is measured, and over how many."""
@@ -54,6 +54,16 @@ def _pace(
         busy[op.engine] = busy.get(op.engine, 0) + op.duration
     period = max((ends[last - 1] - ends[WARM - 1]) / MEASURED, max(busy.values()))
     return Pace(period * TICK, max(0.0, ends[-1] - period * (last + ahead)) * TICK)
+
+
+def steady_schedule(loop: Loop) -> ModuloSchedule:
+    """The loop's order as a periodic schedule, in ticks: the starts of an iteration in steady
+    state, at the mean period, which need not be legal for each operation by itself."""
+    ahead = max(shift for items in loop.order.values() for _, shift in items)
+    run = _Run(loop.problem, loop.order, WARM + MEASURED + ahead)
+    run.finish()
+    starts = {op.name: run.start_of(op.name, WARM) for op in loop.problem.ops}
+    return ModuloSchedule(max(1, round(pace(loop).period / TICK)), starts)
 
 
 def timeline(loop: Loop, iterations: int) -> Timeline:
@@ -196,6 +206,10 @@ class _Run:
                 if end > latest:
                     latest = end
         return latest
+
+    def start_of(self, name: str, iteration: int) -> int:
+        """When an operation starts, in ticks."""
+        return self._start[self._place[name]][iteration]
 
     def interval(self, hold: Hold, iteration: int) -> tuple[float, float]:
         """From when to when a unit is held, in seconds."""

@@ -93,12 +93,8 @@ def _predictor(plan: Plan, layout: Layout) -> GpuPredictor:
 
 def _works(predictor: GpuPredictor, workload: Workload) -> list[StepWork]:
     """The step of each kind that takes longest in all, the longest kind first."""
-    longest: dict[str, tuple[float, StepWork]] = {}
-    for phase in predictor.phases(workload):
-        seconds = phase.steps * predictor.step(phase.work)[0]
-        if seconds > longest.get(phase.work.kind, (0.0, phase.work))[0]:
-            longest[phase.work.kind] = (seconds, phase.work)
-    return [work for _, work in sorted(longest.values(), key=lambda found: -found[0])]
+    found = predictor.longest(workload)
+    return sorted(found, key=lambda work: -found[work])
 
 
 def _begin(spans: Iterable[Span], iteration: int) -> float:
