@@ -28,6 +28,11 @@ from tuning_table import Cell, Sampled, table
 
 from dovetail.tuning.samplers import SAMPLERS
 
+HEAD = """# `dovetail tune`: cells
+
+Written by `bench/tuning.py`; the machine is in the JSON file of the same name.
+
+"""
 SHARES = "0.45,0.75"
 """Budgets, as shares of a checkpoint's bytes beside what the process itself takes."""
 
@@ -63,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--folder", type=Path, required=True, help="for checkpoints and databases")
-    parser.add_argument("--out", type=Path, help="add every figure to this JSON file")
+    parser.add_argument("--out", type=Path, help="add to this JSON file, and write a table")
     parser.add_argument("--checkpoints", default="demo,400MB,1GB")
     parser.add_argument("--shares", default=SHARES, help="budgets, of the checkpoint's bytes")
     parser.add_argument("--samplers", default=",".join(SAMPLERS))
@@ -99,6 +104,7 @@ def _write(out: Path | None, cells: Sequence[Cell]) -> None:
     if out is not None:
         data = {"machine": describe_machine(), "cells": [asdict(cell) for cell in cells]}
         out.write_text(json.dumps(data, indent=1) + "\n")
+        out.with_suffix(".md").write_text(HEAD + table(cells) + "\n")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from datetime import datetime
 from pathlib import Path
 
 from host import Window
-from tuning_errors import correction_of, errors_of_trials, predicted_untuned
+from tuning_errors import correction_of, errors_of_trials, predicted_untuned, rows_of
 from tuning_table import NEAR, Cell, Sampled
 
 from dovetail.checkpoint import ModelFolder
@@ -89,7 +89,7 @@ class Bench:
             cell,
             factors=own,
             others_cores=window.other_cores,
-            predicted=predicted_untuned(job, {"curves": {}, "own": own}),
+            predicted=predicted_untuned(job, job.untuned.moves, {"curves": {}, "own": own}),
         )
 
     def held_out(self, cell: Cell, others: Sequence[Mapping[str, float]]) -> Cell:
@@ -105,10 +105,11 @@ class Bench:
         place = places[-1]
         job = self._plain_job(checkpoint, cell.budget, workload, place)
         job = job.on(job.prompts.part(*cell.sample))
-        rows = [row for name in self.samplers for row in _rows(place / f"{name}.db", job)]
+        rows = rows_of(place, job)
+        untuned = next(moves_of(row) for row in rows if row.note == DEFAULT)
         machines: dict[str, Mapping[str, float]] = {"curves": {}, "others": factors}
         errors, count = errors_of_trials(job, rows, machines)
-        predicted = {**cell.predicted, **predicted_untuned(job, machines)}
+        predicted = {**cell.predicted, **predicted_untuned(job, untuned, machines)}
         return replace(cell, predicted=predicted, trial_errors=errors, trials=count)
 
     def _budget(self, checkpoint: Path, share: float) -> int:

@@ -20,9 +20,23 @@ from dovetail.tuning_db.winners import pooled
 Factors = Mapping[str, float]
 
 
-def predicted_untuned(job: TuneJob, corrections: Mapping[str, Factors]) -> dict[str, float]:
-    """Seconds of the untuned plan on the sample, by the name of the corrections."""
-    return {name: _predicted(job, job.untuned.moves, each) for name, each in corrections.items()}
+def predicted_untuned(
+    job: TuneJob, moves: tuple[Move, ...], corrections: Mapping[str, Factors]
+) -> dict[str, float]:
+    """Seconds of the untuned plan's moves on the sample, by the name of the corrections."""
+    return {name: _predicted(job, moves, each) for name, each in corrections.items()}
+
+
+def rows_of(place: Path, job: TuneJob) -> list[Trial]:
+    """The rows of all of a cell's tunings on the job's sample, whatever code made them."""
+    found = []
+    for db in sorted(place.glob("*.db")):
+        with Database.open(db) as opened:
+            trials = Trials(opened)
+            for key in trials.keys_of(job.key.task, job.key.workload, job.key.source):
+                if key.protocol.sample == job.key.protocol.sample:
+                    found += trials.of(key)
+    return found
 
 
 def errors_of_trials(

@@ -95,7 +95,8 @@ class Evidence:
     """What `dovetail tune` found of a plan. ``outcome`` is ``tuned`` where the schedule beat the
     untuned one, ``untuned`` where none did and the plan is the untuned one, ``simulated`` where
     nothing was run. ``ratio`` is its time over the untuned plan's, the typical one of ``pairs``
-    runs of ``sample`` in turn, between ``low`` and ``high`` with 98.5 % confidence."""
+    runs of ``sample`` in turn, between ``low`` and ``high`` with the confidence that
+    ``tuning_db.winners`` asks for."""
 
     outcome: Literal["tuned", "untuned", "simulated"]
     reason: str

@@ -14,7 +14,7 @@ from dovetail.tuning.measure import EARLIEST, HOPELESS, Measurer, Terms
 from dovetail.tuning.rank import Ranker
 from dovetail.tuning.residuals import NOISE, Residuals
 from dovetail.tuning.worker import Answer, Ask, Job
-from dovetail.tuning_db.winners import GATE_CONFIDENCE, _outside, ratio_interval
+from dovetail.tuning_db.winners import _outside, deciding_interval, gate_confidence
 
 
 def test_gate_lets_luck_through_as_rarely_as_one_look_at_95_percent() -> None:
@@ -24,16 +24,17 @@ def test_gate_lets_luck_through_as_rarely_as_one_look_at_95_percent() -> None:
     for pairs in range(1, MOST_PAIRS + 1):
         seen = walks[:, :pairs]
         ranks = numpy.abs(seen).argsort(1).argsort(1) + 1
-        passed |= (ranks * (seen > 0)).sum(1) < _outside(pairs, (1 - GATE_CONFIDENCE) / 2)
-    assert 0.02 < passed.mean() < 0.026
+        passed |= (ranks * (seen > 0)).sum(1) < _outside(pairs, (1 - gate_confidence(pairs)) / 2)
+    assert 0.02 < passed.mean() < 0.028
     one = numpy.exp(walks[passed][0])
-    looks = [ratio_interval(one[:n].tolist(), GATE_CONFIDENCE) for n in range(1, MOST_PAIRS + 1)]
+    looks = [deciding_interval(one[:n].tolist()) for n in range(1, MOST_PAIRS + 1)]
     assert any(look.faster for look in looks), "the interval says what the ranks say"
 
 
 def test_gate_ends_as_soon_as_more_pairs_cannot_change_it() -> None:
     assert not decided([0.9] * (FEWEST - 1)) and decided([0.9] * FEWEST)
     assert decided([1.1] * FEWEST), "slower"
+    assert not decided([0.9, 0.9, 0.9, 0.9, 0.9, 1.05]), "one loss of six"
     assert decided([0.9, 1.2] * 4), "no better after enough pairs"
     assert not decided([0.9] * 5 + [1.1] + [0.9] * 2), "may still be faster"
     assert decided([0.9] * 3 + [1.1] * 16), "too many losses for what is left"

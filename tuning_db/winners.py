@@ -14,9 +14,9 @@ from functools import cache
 from dovetail.tuning_db.facts import Trial
 
 CONFIDENCE = 0.95
-GATE_CONFIDENCE = 0.985
-"""Of the interval that decides: samples are looked at after every pair, and all looks together, of
-twenty pairs, are to be wrong as rarely as one at 95 % is."""
+FIRST_LOOK, LATER_LOOKS = 0.96, 0.992
+"""Confidence of the interval that decides, at six pairs and at more: samples are looked at after
+every pair, and all looks together, of twenty pairs, are to be wrong as rarely as one at 95 % is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +38,16 @@ class Interval:
     def slower(self) -> bool:
         """Whether a ratio to the default is above 1 beyond doubt."""
         return self.low > 1.0
+
+
+def deciding_interval(ratios: Sequence[float]) -> Interval:
+    """The interval that says whether a schedule is faster, however often it was looked at."""
+    return ratio_interval(ratios, gate_confidence(len(ratios)))
+
+
+def gate_confidence(pairs: int) -> float:
+    """The confidence of ``deciding_interval``."""
+    return FIRST_LOOK if pairs <= 6 else LATER_LOOKS
 
 
 def ratio_interval(ratios: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
@@ -105,5 +115,5 @@ def ranked(trials: Iterable[Trial]) -> list[Trial]:
 def winner(trials: Iterable[Trial]) -> Trial | None:
     """The best candidate by the rule, or None where that is the default."""
     ranks = ranked(trials)
-    sure = [trial for trial in ranks if ratio_interval(trial.ratios, GATE_CONFIDENCE).faster]
+    sure = [trial for trial in ranks if deciding_interval(trial.ratios).faster]
     return sure[0] if sure else None

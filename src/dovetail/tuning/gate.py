@@ -1,19 +1,20 @@
 """The gate: fresh pairs of the best few, looked at after every pair, which alone decide.
 
 Looking again and again makes luck likelier: of schedules that are no faster, an interval of 95 %
-after every pair up to the twentieth would let 8 % through instead of 2.5 %. At 98.5 % it is 2.4 %
-(counted in forty thousand walks), so that is what each look asks for.
+after every pair up to the twentieth would let 8 % through instead of 2.5 %. At 96 % after six pairs
+(where runs are long there are no more) and 99.2 % from then on it is 2.5 %, counted in forty
+thousand walks.
 """
 
 import statistics
 from collections.abc import Sequence
 
 from dovetail.tuning_db.facts import Trial
-from dovetail.tuning_db.winners import GATE_CONFIDENCE, pooled, ratio_interval, winner
+from dovetail.tuning_db.winners import deciding_interval, pooled, winner
 
-FEWEST = 8
+FEWEST = 6
 """Pairs that can show anything: so many wins in a row."""
-MOST_PAIRS = 20
+ENOUGH, MOST_PAIRS = 8, 20
 FAR_FASTER = 1e-6
 FINALISTS = 3
 DEFAULT, SEARCH, CONFIRM, GATE = "default", "", "confirm", "gate"
@@ -23,12 +24,12 @@ DEFAULT, SEARCH, CONFIRM, GATE = "default", "", "confirm", "gate"
 def decided(ratios: Sequence[float]) -> bool:
     """Whether more pairs cannot change what these say: faster or slower beyond doubt, or too few
     wins for the pairs that may be left."""
-    found = ratio_interval(ratios, GATE_CONFIDENCE)
+    found = deciding_interval(ratios)
     if found.faster or found.slower:
         return True
     left = MOST_PAIRS - len(ratios)
-    at_best = ratio_interval([*ratios, *[FAR_FASTER] * left], GATE_CONFIDENCE)
-    return not at_best.faster or (len(ratios) >= FEWEST and found.median >= 1.0)
+    at_best = deciding_interval([*ratios, *[FAR_FASTER] * left])
+    return not at_best.faster or (len(ratios) >= ENOUGH and found.median >= 1.0)
 
 
 def finalists(rows: Sequence[Trial]) -> list[Trial]:

@@ -18,11 +18,11 @@ from dovetail.tuning.gate import DEFAULT, FEWEST, GATE
 from dovetail.tuning.known import moves_of
 from dovetail.tuning_db.facts import Key, Trial, Tuning
 from dovetail.tuning_db.winners import (
-    GATE_CONFIDENCE,
     Interval,
+    deciding_interval,
+    gate_confidence,
     pooled,
     ranked,
-    ratio_interval,
     winner,
 )
 
@@ -35,7 +35,7 @@ def decide(trials: Sequence[Trial]) -> tuple[Trial | None, str]:
     gated = [trial for trial in trials if trial.note == GATE]
     found = winner(gated)
     if found is not None:
-        interval = ratio_interval(found.ratios, GATE_CONFIDENCE)
+        interval = deciding_interval(found.ratios)
         return (
             found,
             f"takes {interval.median:.3f} of the untuned plan's time in {_pairs(interval)}",
@@ -52,7 +52,7 @@ def decide(trials: Sequence[Trial]) -> tuple[Trial | None, str]:
     if not best:
         failed = pooled(gated)[0]
         return None, f"the best schedule of the search failed the gate: {failed.state}"
-    interval = ratio_interval(best[0].ratios, GATE_CONFIDENCE)
+    interval = deciding_interval(best[0].ratios)
     between = "too few to say" if interval.samples < FEWEST else "which does not exclude 1"
     return None, (
         f"the best schedule took {interval.median:.3f} of the untuned plan's time in "
@@ -86,7 +86,7 @@ def evidence_of(
     )
     if chosen is None:
         return found
-    interval = ratio_interval(chosen.ratios, GATE_CONFIDENCE)
+    interval = deciding_interval(chosen.ratios)
     return replace(
         found,
         ratio=interval.median,
@@ -129,7 +129,7 @@ def summary(plan: Plan) -> str:
     lines = [f"{found.outcome}: {found.reason}"]
     if found.outcome == "tuned":
         lines.append(
-            f"  {found.ratio:.3f} of the untuned time, {GATE_CONFIDENCE:.1%} interval "
+            f"  {found.ratio:.3f} of the untuned time, {gate_confidence(found.pairs):.1%} interval "
             f"{found.low:.3f} to {found.high:.3f} ({found.pairs} pairs)"
         )
         if found.max_error is not None:

@@ -44,6 +44,8 @@ STOPPED = 1.4
 """The ratio that one is taken to have that was stopped half-way."""
 PATIENCE = 40
 """Timed candidates without a better one after which the search has converged."""
+GRACE = 0.1
+"""The share of the budget by which the gate may exceed it."""
 GATE_SHARE, GATE_PAIRS, MOST_OF_BUDGET = 0.25, 12, 0.5
 """The share of the budget kept for the gate, the pairs it is kept for, and no more than this."""
 
@@ -187,7 +189,7 @@ class Search:
         if trial.state == "throttled":
             self._sampler.tell_later(candidate.point, self._ranker.rough(candidate))
             return
-        if ratio is not None and ratio < best:
+        if ratio is not None and ratio < best and self._has_time(2, beside=self._reserve()):
             # A lucky sample would steer all that follows: the best is looked at twice.
             more = self._measurer.pairs(candidate.moves, Terms(2, worth=best * WORTH))
             self._store(candidate, more, CONFIRM)
@@ -223,7 +225,9 @@ class Search:
         # A median of many pairs stands a disturbed one, and the gate is not held twice.
         terms = Terms(pairs, disturbed=math.inf, left=lambda: self.clock.left)
         if why == GATE:
-            terms = replace(terms, enough=decided)
+            # Long runs may take a little more than the budget rather than end undecided.
+            grace = GRACE * self.clock.budget
+            terms = replace(terms, enough=decided, left=lambda: self.clock.left + grace)
         found = self._measurer.pairs(moves, terms)
         candidate = Candidate(point_of_trial(trial), moves, moves_digest(moves))
         stored = self._store(candidate, found, why)
@@ -280,8 +284,8 @@ class Search:
     def _nothing_to_gate(self) -> float:
         return 0.0 if self.best >= 1.0 else math.inf
 
-    def _has_time(self, pairs: int) -> bool:
-        return self.clock.left > pairs * self._pair_seconds()
+    def _has_time(self, pairs: int, beside: float = 0.0) -> bool:
+        return self.clock.left > pairs * self._pair_seconds() + beside
 
     def _reserve(self) -> float:
         """Seconds that the gate will need; while nothing is faster, no more than the fewest."""
