@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.ir_cases import captured
+from tests.test_gpu_choose import MACHINE, WORKLOAD, sizes
 from torch import Tensor
 
 from dovetail.codegen.gate.cases import LAYERS
@@ -25,7 +27,10 @@ from dovetail.ir.errors import InputError
 from dovetail.ir.kernel_layer import LayerSpec
 from dovetail.ir.task_graph import Experts as ExpertSpec
 from dovetail.ir.task_graph import ExpertTensor
-from dovetail.kernels.run_experts import KernelExperts, Ladder
+from dovetail.kernels.planned import with_kernels
+from dovetail.kernels.run_experts import KernelExperts, Ladder, plan_experts
+from dovetail.passes.apply_moves import apply_moves
+from dovetail.passes.choose import choose
 from dovetail.runtime.gpu_experts import Routing, TorchExperts
 from dovetail.runtime.gpu_weights import Packed
 
@@ -46,13 +51,13 @@ def views(slot: Tensor) -> dict[str, Tensor]:
 
 
 def made(others: Sequence[int] = ()) -> tuple[list[dict[str, Tensor]], Routing, Tensor]:
-    """Experts in slots in no order, choices of 21 tokens from the third on, inputs of 26."""
+    """Experts in slots in no order, choices of 9 tokens from the third on, inputs of 14."""
     torch.manual_seed(0)
     pool = torch.zeros(9, EXPERT_BYTES, dtype=torch.uint8)
     pool.view(torch.float32).normal_(std=0.1)
     weights = [views(pool[slot]) for slot in (7, 0, 3, 8, 2, 5)]
-    index = torch.multinomial(torch.ones(21, 6), 2)
-    return weights, Routing(3, index, torch.rand(21, 2), 6), torch.randn(26, 96)
+    index = torch.multinomial(torch.ones(9, 6), 2)
+    return weights, Routing(3, index, torch.rand(9, 2), 6), torch.randn(14, 96)
 
 
 def ladder(layer: LayerSpec, *tokens: int) -> Ladder:
@@ -64,14 +69,14 @@ def compare(folder: Path) -> None:
     weights, routing, x = made()
     expected = torch.zeros_like(x)
     TorchExperts(1000).run(0, expert, range(6), weights, routing, x, expected)
-    kind = ladder(LAYER, 16, 64)
-    for nbytes in (1 << 30, buffer_bytes(LAYER, kind[1][:1], 11)):
+    kind = ladder(LAYER, 4, 16)
+    for nbytes in (1 << 30, buffer_bytes(LAYER, kind[1][:1], 5)):
         run = KernelExperts({0: kind}, "cpu", folder, nbytes, TorchExperts(7))
         assert run.nbytes <= nbytes
         sums = torch.zeros_like(x)
         for piece in ([5, 1], [], [0, 2, 3, 4]):
             run.run(0, expert, piece, [weights[e] for e in piece], routing, x, sums)
-        assert torch.equal(sums[:3], torch.zeros(3, 96)) and torch.equal(sums[24:], sums[:2])
+        assert torch.equal(sums[:3], torch.zeros(3, 96)) and torch.equal(sums[12:], sums[:2])
         torch.testing.assert_close(sums, expected, rtol=1e-4, atol=1e-5)
         other = torch.zeros_like(x)  # a layer whose experts have no kernels
         run.run(1, expert, range(6), weights, routing, x, other)
@@ -81,9 +86,11 @@ def compare(folder: Path) -> None:
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 def test_kernels_add_what_torchs_products_add() -> None:
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.test_kernel_runs"]
     done = subprocess.run(
-        [sys.executable, __file__], capture_output=True, text=True, check=False, env=environment
-    )
+        command, capture_output=True, text=True, check=False, env=environment,
+        cwd=Path(__file__).parents[1],
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -98,6 +105,14 @@ def test_weights_at_other_places_are_refused(tmp_path: Path) -> None:
 def test_too_little_memory_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"kernels' buffers for one token take .*, found 100 B"):
         KernelExperts({0: ladder(LAYER, 64)}, "cpu", tmp_path, 100, TorchExperts(7))
+
+
+def test_a_plan_without_kernels_says_that_torch_runs_its_experts(tmp_path: Path) -> None:
+    graph, budget = captured("olmoe"), sizes("olmoe", 0.6)
+    plan = with_kernels(choose(graph, MACHINE, budget, WORKLOAD, "zigzag"), graph)
+    notes: list[str] = []
+    assert plan_experts(plan, apply_moves(graph, plan.moves), tmp_path, notes.append) is None
+    assert notes[0].startswith("experts run as torch's products: the machine says no arch of paper")
 
 
 @pytest.mark.parametrize("bias", [0, 16, 24])

@@ -66,16 +66,17 @@ _LIKE_OTHERS = ("sm_86", "sm_89")
 
 
 def _all(arch: Arch) -> Iterator[tuple[str, KernelSpec]]:
+    few = arch.name in _LIKE_OTHERS
     in_slots: tuple[tuple[LayerSpec, tuple[int, int], tuple[str, ...]], ...] = (
-        (QWEN3_30B_IN_SLOTS, DECODE, ("up", "down", "reduce")),
-        (QWEN3_30B_IN_SLOTS, PREFILL, ("up", "down")),
-        (GPT_OSS_20B_IN_SLOTS, DECODE, ("up",)),
+        (QWEN3_30B_IN_SLOTS, DECODE, ("up",) if few else ("up", "down", "reduce")),
+        (QWEN3_30B_IN_SLOTS, PREFILL, ("up",)),
+        (GPT_OSS_20B_IN_SLOTS, DECODE, ("up",) if arch.name == "sm_90" else ()),
     )
     for layer, bucket, names in in_slots:
         chosen = choose_layer(layer, arch, bucket)
         label = f"{layer.name}, {bucket[1]} tokens"
         yield from ((label, getattr(chosen, name)) for name in names)
-    if arch.name not in _LIKE_OTHERS:
+    if not few:
         yield from _more(arch)
 
 
@@ -121,8 +122,8 @@ def _variants(arch: Arch) -> Iterator[tuple[str, KernelSpec]]:
         "moe_down", 128, 2048, 768, 8, "bf16", Tile(32, 64, 64, 4, 3),
         store="add", routed_weight=True, out="fp32",
     )  # fmt: skip
-    plain = dataclasses.replace(base, activation=Activation("relu2"), swap_ab=False)
-    yield "no gate", plain
+    if arch.name == "sm_90":
+        yield "no gate", dataclasses.replace(base, activation=Activation("relu2"), swap_ab=False)
     yield "gated shared expert", ReduceSpec("moe_reduce", 60, 2048, 4, 1, "gated")
 
 

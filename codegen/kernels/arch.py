@@ -80,7 +80,7 @@ def arch_of(gpu: Accelerator) -> Arch | None:
     """The architecture of a machine's GPU with the rates of its part: the bandwidth that it
     reaches, and the matrix rate at which the best instruction reaches that of its products. None
     where kernels are not emitted for it."""
-    arch = ARCHS.get(gpu.arch)
+    arch = ARCHS.get(gpu.arch.split(":")[0])  # AMD's names go on with features
     if arch is None:
         return None
     processors = gpu.processors or arch.processors

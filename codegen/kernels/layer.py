@@ -146,9 +146,9 @@ def kernels_for(layer: LayerSpec, ladder: Sequence[LayerKernels], tokens: int) -
 def layer_buffers(
     layer: LayerSpec, ladder: Sequence[LayerKernels], tokens: int, device: str
 ) -> dict[str, Tensor]:
-    """Every intermediate tensor, as large as the most demanding bucket needs it, zero."""
+    """Every intermediate tensor, as large as the most demanding bucket needs it."""
     return {
-        name: torch.zeros(shape, dtype=dtype, device=device)
+        name: torch.empty(shape, dtype=dtype, device=device)
         for name, (shape, dtype) in _buffer_shapes(layer, ladder, tokens).items()
     }
 

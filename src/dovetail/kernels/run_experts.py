@@ -5,6 +5,7 @@ here they become a table of addresses on the device. The kernels keep all counts
 the host waits for nothing.
 """
 
+import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -23,7 +24,9 @@ from dovetail.ir.plan import Plan
 from dovetail.ir.task_graph import TaskGraph
 from dovetail.ir.units import format_bytes
 from dovetail.kernels.planned import ladder_kernels
-from dovetail.runtime.gpu_experts import ExpertFunction, Experts, Routing
+from dovetail.passes.apply_moves import Layout
+from dovetail.passes.gpu.memory import tier_bytes
+from dovetail.runtime.gpu_experts import ExpertFunction, Experts, Routing, TorchExperts
 from dovetail.runtime.weight_store import Tensors
 
 Ladder = tuple[LayerSpec, tuple[LayerKernels, ...]]
@@ -138,6 +141,26 @@ def kernel_experts(
     if not ladders:
         return others
     return KernelExperts(ladders, device, folder, nbytes, others, load)
+
+
+def plan_experts(
+    plan: Plan, layout: Layout, folder: Path, note: Callable[[str], None]
+) -> Experts | None:
+    """A GPU plan's kernels on torch's current GPU, their buffers within half of what the plan
+    leaves to activations; None, with a note why, where experts run as torch's products."""
+    why = plan.no_kernels
+    if plan.ladders and importlib.util.find_spec("triton") is None:
+        why = "Triton, which compiles the plan's kernels, is not installed"
+    elif plan.ladders:
+        count = plan.machine.accelerator.count if plan.machine.accelerator else 1
+        nbytes = tier_bytes(layout, count)["hbm"]["activations"] // 2
+        others = TorchExperts(layout.expert_rows)
+        try:
+            return kernel_experts(plan, layout.graph, "cuda", folder, nbytes, others)
+        except InputError as error:
+            why = str(error)
+    note(f"experts run as torch's products: {why or 'the plan has no kernels'}")
+    return None
 
 
 def _most_tokens(layer: LayerSpec, ladder: Sequence[LayerKernels], nbytes: int) -> int:
