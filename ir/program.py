@@ -175,3 +175,21 @@ def unroll(instructions: tuple[Instruction, ...], layer: int = 0, chunk: int = 0
             yield replace(item, layer=item.layer + layer)
         else:
             yield replace(item, layer=item.layer + layer, chunk=item.chunk + chunk)
+
+
+def tally(
+    instructions: tuple[Instruction, ...], layer: int = 0
+) -> Iterator[tuple[Load | Run, int]]:
+    """The loads and runs with how often they are made; of the chunks of a layer, which are all
+    alike, the first stands for all."""
+    for item in instructions:
+        if isinstance(item, Loop):
+            values = range(item.start, item.stop, item.step)
+            if item.variable == "layer":
+                for value in values:
+                    yield from tally(item.body, value)
+            else:
+                for found, count in tally(item.body, layer):
+                    yield found, count * len(values)
+        elif isinstance(item, Load | Run):
+            yield replace(item, layer=item.layer + layer), 1

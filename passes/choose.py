@@ -6,7 +6,7 @@ worse than any of them.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from dovetail.ir.errors import BudgetError, InputError
 from dovetail.ir.machine import Machine
@@ -41,8 +41,12 @@ def choose(
     policy: str = "auto",
     knobs: Knobs | None = None,
     checkpoint: str = "",
+    *,
+    near: Sequence[Candidate] = (),
 ) -> Plan:
     """The best plan of ``policy``, or of all for ``auto``; with ``knobs`` exactly that schedule.
+    Without a GPU, candidates of another plan let only their policies search, ``near`` their knobs:
+    for problems that are hardly different.
 
     Raises BudgetError if nothing fits, naming the smallest budget that works, and InputError for
     an unknown policy.
@@ -56,11 +60,14 @@ def choose(
     setting = Setting(graph, machine, budget["ram"] - machine.process_bytes, workload)
     costs = Costs(machine)
     names = list(POLICIES) if policy == "auto" else [policy]
+    begins = {name: [c.knobs for c in near if c.policy == name] for name in names}
     choices: list[Chosen] = []
     candidates: list[Candidate] = []
-    for name in names:
+    for name in names if not near else [name for name in names if begins[name]]:
         best_so_far = min((c.prediction.seconds for c in choices), default=math.inf)
-        found, tried = _best_of(setting, POLICIES[name], costs, knobs, HOPELESS * best_so_far)
+        search = Search(POLICIES[name], setting, costs)
+        limit = HOPELESS * best_so_far
+        found, tried = _best_of(setting, search, costs, knobs, limit, begins[name])
         choices += found
         candidates += tried
     if not choices:
@@ -71,14 +78,19 @@ def choose(
 
 
 def _best_of(
-    setting: Setting, policy: Policy, costs: Costs, fixed: Knobs | None, limit: float
+    setting: Setting,
+    search: Search,
+    costs: Costs,
+    fixed: Knobs | None,
+    limit: float,
+    near: Sequence[Knobs],
 ) -> tuple[list[Chosen], list[Candidate]]:
-    search = Search(policy, setting, costs)
+    policy = search.policy
     one = search.attempt(fixed) if fixed else None
-    found = ([one] if one else []) if fixed else _diverse(search.run())
+    found = ([one] if one else []) if fixed else _diverse(search.run(near))
     simulated = [_simulated(setting, policy, schedule, costs, limit) for schedule in found]
     choices = sorted((c for c in simulated if c), key=lambda c: c.prediction.seconds)
-    if choices and not fixed:
+    if choices and not fixed and not near:
         choices = _polished(setting, policy, search, choices, costs)
     candidates = [Candidate(c.policy, dict(c.knobs), c.prediction.seconds) for c in choices]
     if found and not choices:

@@ -6,13 +6,11 @@ from dataclasses import dataclass
 
 from dovetail.ir.batching import Step
 from dovetail.ir.plan import Plan
-from dovetail.ir.program import Load, Run, Wait
 from dovetail.ir.task_graph import TaskGraph
 from dovetail.passes.apply_moves import Layout, apply_moves
 from dovetail.passes.cost import Costs
 from dovetail.passes.gpu.cost import GpuCosts
 from dovetail.passes.gpu.predict import GpuPredictor
-from dovetail.passes.replay import replay_step
 from dovetail.passes.simulate import Simulator, workload_steps
 
 SHAPES = 24
@@ -49,13 +47,11 @@ def engine_use(graph: TaskGraph, plan: Plan) -> tuple[EngineUse, ...]:
     for steps in _shapes(list(workload_steps(layout, plan.workload))):
         step, count = steps[len(steps) // 2], len(steps)
         total += count * simulator.step_seconds(step)[0]
-        for engine, done in replay_step(simulator.program, simulator.steady(step)).items():
-            for each in done:
-                seconds = count * (each.end - each.start)
-                if isinstance(each.item, Load | Run):
-                    busy[engine] += seconds
-                elif isinstance(each.item, Wait) and seconds:
-                    waits[engine][f"{each.item.what}:{each.item.name}"] += seconds
+        working, waiting = simulator.use(step)
+        for engine in simulator.program.engines:
+            busy[engine] += count * working[engine]
+            for what, seconds in waiting.get(engine, {}).items():
+                waits[engine][what] += count * seconds
     return tuple(
         EngineUse(name, total, busy[name], dict(waits[name])) for name in simulator.program.engines
     )

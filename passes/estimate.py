@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from dovetail.ir.batching import Group, Member, Step
 from dovetail.ir.machine import Machine
-from dovetail.ir.program import Load, Program, Run, unroll
+from dovetail.ir.program import Load, Program, Run, tally
 from dovetail.ir.workload import Workload
 from dovetail.passes.apply_moves import Layout
 from dovetail.passes.cost import Costs
@@ -62,38 +62,48 @@ class _StepModel:
         self._slower = machine.corrected("step")
         self._program: Program = lower(layout, {})
         self._durations = Durations(layout, self._program, machine, costs)
-        self._cpu = list(unroll(self._program.engines["cpu0"]))
+        self._cpu = [
+            (item, count)
+            for item, count in tally(self._program.engines["cpu0"])
+            if isinstance(item, Run)
+        ]
         self._disk, self._ahead = self._loads(machine)
 
     def _loads(self, machine: Machine) -> tuple[float, float]:
         """Seconds of a step's loads, and for how many of them the rings can run ahead of compute
         in a step: once per layer, by the ring's whole length at most."""
-        engines = [unroll(i) for n, i in self._program.engines.items() if n.startswith("disk")]
+        engines = [i for name, i in self._program.engines.items() if name.startswith("disk")]
         if not engines:
             return 0.0, 0.0
         step = Step(())
-        lists = [[item for item in items if isinstance(item, Load)] for items in engines]
-        loads = [item for items in lists for item in items]
         self._durations.contend(1.0, 1.0)
-        seconds = [self._durations.of(item, 0, step) for item in loads]
-        longest = max(sum(self._durations.of(item, 0, step) for item in items) for items in lists)
+        lists = [
+            [
+                (item, count, self._durations.of(item, 0, step))
+                for item, count in tally(items)
+                if isinstance(item, Load)
+            ]
+            for items in engines
+        ]
+        longest = max(sum(count * seconds for _, count, seconds in loads) for loads in lists)
         ahead = 0.0
         for ring in self._program.rings:
-            times = [t for t, item in zip(seconds, loads, strict=True) if item.ring == ring.name]
-            layers = len({item.layer for item in loads if item.ring == ring.name})
-            ahead += min(sum(times), layers * ring.slots * max(times))
+            mine = [load for loads in lists for load in loads if load[0].ring == ring.name]
+            layers = len({item.layer for item, _, _ in mine})
+            total = sum(count * seconds for _, count, seconds in mine)
+            ahead += min(total, layers * ring.slots * max(seconds for _, _, seconds in mine))
         return longest, ahead / len(lists)
 
     def parts(self, step: Step) -> _Parts:
         """Compute seconds of a step."""
         groups = experts = 0.0
-        for item in self._cpu:
-            if isinstance(item, Run):
-                seconds = self._durations.of(item, 0, step)
-                if self._program.segment(item.segment).over == "experts":
-                    experts += seconds
-                else:
-                    groups += seconds
+        over = {segment.name: segment.over for segment in self._program.segments}
+        for item, count in self._cpu:
+            seconds = count * self._durations.of(item, 0, step)
+            if over[item.segment] == "experts":
+                experts += seconds
+            else:
+                groups += seconds
         return _Parts(groups, experts)
 
     def seconds(self, parts: _Parts) -> float:

@@ -40,13 +40,14 @@ RESERVE_SHARE = 0.05
 def ring_bytes(layout: Layout) -> dict[str, int]:
     """Bytes of one buffer of every ring that the layout streams through."""
     graph, sizes = layout.graph, {}
-    layers = range(len(graph.layers))
-    dense = [
-        weights_bytes(dense_weights(graph.body(i))) for i in layers if not layout.dense_resident[i]
-    ]
-    if dense:
+    there = zip(graph.layers, layout.dense_resident, strict=True)
+    streamed = dict.fromkeys(body for body, resident in there if not resident)
+    if streamed:
+        dense = (weights_bytes(dense_weights(graph.bodies[body])) for body in streamed)
         sizes["dense"] = max(dense)
-    experts = [e for i in layers if layout.chunks(i) and (e := experts_of(graph, i))]
+    first = {body: layer for layer, body in reversed(list(enumerate(graph.layers)))}
+    some = dict.fromkeys(b for i, b in enumerate(graph.layers) if layout.chunks(i))
+    experts = [e for body in some if (e := experts_of(graph, first[body]))]
     if experts:
         sizes["experts"] = layout.chunk * max(expert_bytes(e) for e in experts)
     if not layout.head_resident:
@@ -61,11 +62,12 @@ def resident_bytes(layout: Layout) -> int:
     total += weights_bytes(embed)
     if layout.head_resident:
         total += weights_bytes(head_weights(graph))
-    for layer in range(len(graph.layers)):
-        if layout.dense_resident[layer]:
-            total += weights_bytes(dense_weights(graph.body(layer)))
-        if experts := experts_of(graph, layer):
-            total += layout.experts_resident[layer] * expert_bytes(experts)
+    dense = [weights_bytes(dense_weights(body)) for body in graph.bodies]
+    specs = [body.experts.experts if body.experts else None for body in graph.bodies]
+    experts = [expert_bytes(spec) if spec else 0 for spec in specs]
+    for layer, body in enumerate(graph.layers):
+        total += layout.dense_resident[layer] * dense[body]
+        total += layout.experts_resident[layer] * experts[body]
     return total
 
 
@@ -114,7 +116,8 @@ def step_tokens(layout: Layout) -> int:
 def token_buffer_bytes(layout: Layout) -> int:
     """Buffers that gather all groups' tokens for the experts: inputs, routing, and one float32
     accumulator per worker."""
-    specs = [e for i in range(len(layout.graph.layers)) if (e := experts_of(layout.graph, i))]
+    tasks = (body.experts for body in layout.graph.bodies)
+    specs = [task.experts for task in tasks if task and task.experts]
     if not specs:
         return 0
     hidden = max(e.hidden for e in specs)

@@ -3,6 +3,7 @@
 The ladder search of ``solvers`` walks the policy's knobs; this file says what a point is worth.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dovetail.ir.moves import Move
@@ -30,12 +31,14 @@ class Search:
     """Schedules of one policy in one setting."""
 
     def __init__(self, policy: Policy, setting: Setting, costs: Costs) -> None:
-        self._policy, self._setting, self._costs = policy, setting, costs
+        self.policy, self._setting, self._costs = policy, setting, costs
+        self._moves: dict[tuple[tuple[str, int | bool], ...], tuple[Move, ...]] = {}
         self._solver = LadderSearch(self._seconds, policy.ladders(setting))
 
-    def run(self) -> list[Found]:
-        """All schedules that were found to fit, best first."""
-        solved = self._solver.solve(self._policy.starts(self._setting), CLIMBS)
+    def run(self, near: Sequence[Knobs] = ()) -> list[Found]:
+        """All schedules that were found to fit, best first, from the policy's own starts or from
+        those ``near`` which the best is thought to be."""
+        solved = self._solver.solve(near or self.policy.starts(self._setting), CLIMBS)
         return [self._found(knobs) for knobs in solved.value]
 
     def neighbours(self, knobs: Knobs) -> list[Found]:
@@ -52,16 +55,17 @@ class Search:
         return self._solver.refused
 
     def _found(self, knobs: Knobs) -> Found:
-        moves, seconds = self._policy.moves(self._setting, knobs), self._solver.value(knobs)
-        assert moves is not None and seconds is not None
-        return Found(dict(knobs), moves, seconds)
+        seconds = self._solver.value(knobs)
+        assert seconds is not None
+        return Found(dict(knobs), self._moves[tuple(sorted(knobs.items()))], seconds)
 
     def _seconds(self, knobs: Knobs) -> float | None:
         setting = self._setting
-        moves = self._policy.moves(setting, knobs)
+        moves = self.policy.moves(setting, knobs)
         if moves is None:
             return None
         layout = apply_moves(setting.graph, moves)
         if sum(ram_bytes(layout).values()) > setting.budget:
             return None
+        self._moves[tuple(sorted(knobs.items()))] = moves
         return estimate(layout, setting.machine, setting.workload, self._costs)

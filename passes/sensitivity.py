@@ -1,8 +1,9 @@
 """Sensitivity: `graph, plan -> what a little more of every resource would give`.
 
 Each figure is checked by solving again with that resource changed and all else kept, among the
-policies that the plan was chosen from. More of a resource never makes a plan worse, because the
-plan's own schedule stays possible; the search, which proves nothing, is held to that.
+policies that the plan was chosen from; without a GPU, those that were far behind are left out, and
+the others search from where they were best. More of a resource never makes a plan worse, because
+the plan's own schedule stays possible; the search, which proves nothing, is held to that.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -12,7 +13,7 @@ from typing import Literal
 from dovetail.ir.errors import BudgetError
 from dovetail.ir.machine import Accelerator, Curve, Machine
 from dovetail.ir.moves import Move
-from dovetail.ir.plan import Plan
+from dovetail.ir.plan import Candidate, Plan
 from dovetail.ir.task_graph import TaskGraph
 from dovetail.ir.workload import Workload
 from dovetail.passes.apply_moves import apply_moves
@@ -27,6 +28,8 @@ MORE_BANDWIDTH = 1e9
 """Bytes/s by which a link is made faster."""
 MORE_RATE = 0.25
 """Share by which products are made faster, and by which small budgets grow."""
+NEAR = 1.25
+"""Policies whose best schedule takes at most this many times as long as the plan search again."""
 Knobs = Mapping[str, int | bool]
 Note = Callable[[str], None]
 Kind = Literal["tier", "link", "rate"]
@@ -161,7 +164,7 @@ def _effect(graph: TaskGraph, plan: Plan, resource: Resource, amount: float) -> 
     machine, budget = with_amount(plan, resource, amount)
     found: list[Effect] = []
     try:
-        best = choose(graph, machine, budget, plan.workload, policy_of(plan))
+        best = choose(graph, machine, budget, plan.workload, policy_of(plan), near=_near(plan))
         found.append(Effect(resource, amount, best.prediction.seconds, best.policy, best.knobs))
     except BudgetError:
         pass
@@ -171,6 +174,21 @@ def _effect(graph: TaskGraph, plan: Plan, resource: Resource, amount: float) -> 
     if not found:
         return Effect(resource, amount, None)
     return min(found, key=lambda effect: effect.seconds or 0.0)
+
+
+def _near(plan: Plan) -> list[Candidate]:
+    """The best candidate of each policy that is not far behind, and the plan's own knobs: where
+    searches for a problem that is hardly different begin. All policies, where none was timed."""
+    best: dict[str, Candidate] = {}
+    for candidate in plan.candidates:
+        known = best.get(candidate.policy)
+        if candidate.seconds and (known is None or candidate.seconds < (known.seconds or 0.0)):
+            best[candidate.policy] = candidate
+    most = NEAR * plan.prediction.seconds
+    near = [c for c in best.values() if c.seconds is not None and c.seconds <= most]
+    return (
+        [Candidate(plan.policy, dict(plan.knobs), plan.prediction.seconds), *near] if near else []
+    )
 
 
 def _seconds(

@@ -14,14 +14,15 @@ from dovetail.ir.errors import VerifyError
 from dovetail.ir.load_order import LoadOrder
 from dovetail.ir.machine import Machine
 from dovetail.ir.plan import Prediction
-from dovetail.ir.program import Flat, Free, Load, Program, Run, Signal, Wait, unroll
-from dovetail.ir.timeline import Span, Timeline, seconds_by_class
+from dovetail.ir.program import Flat, Free, Load, Program, Signal, Wait, unroll
+from dovetail.ir.timeline import Span, Timeline
 from dovetail.ir.workload import Workload
 from dovetail.passes.apply_moves import Layout
 from dovetail.passes.cost import Costs
 from dovetail.passes.durations import QUANTUM, Durations
 from dovetail.passes.lower import lower
 from dovetail.passes.memory import ram_bytes, resident_bytes
+from dovetail.passes.step_graph import step_graph
 
 
 @dataclass(slots=True)
@@ -152,46 +153,49 @@ class Simulator:
     def __init__(self, layout: Layout, machine: Machine, costs: Costs) -> None:
         self.layout, self.machine, self._costs = layout, machine, costs
         self.program = lower(layout, {})
-        self._flat = flatten(self.program)
-        self._readers = [name for name in self._flat if name not in self.program.workers]
+        self._graph = step_graph(self.program)
+        self._readers = [n for n in self.program.engines if n not in self.program.workers]
         self._known: dict[tuple[object, ...], tuple[float, dict[str, float]]] = {}
 
     def steady(self, step: Step) -> Timeline:
         """The timeline of one step among equal ones, from its first to its last instruction."""
-        durations = self._contended(step)
-        timeline = simulate_steps(self.program, self._flat, durations, [step, step, step])
+        durations, _ = self._contended(step)
+        flat = flatten(self.program)
+        timeline = simulate_steps(self.program, flat, durations, [step, step, step])
         return timeline.step(1)
 
     def step_seconds(self, step: Step) -> tuple[float, dict[str, float]]:
         """Seconds of a step in steady state and the busy seconds by task class."""
         key = _signature(step)
         if key not in self._known:
-            durations = self._contended(step)
-            timeline = simulate_steps(self.program, self._flat, durations, [step, step])
-            ends = [max(s.end for s in timeline.step(i).spans) for i in (0, 1)]
-            if self._readers:
-                cpu = [s for s in timeline.spans if s.engine not in self._readers]
-                ends = [max(s.end for s in cpu if s.step == i) for i in (0, 1)]
-            classes = seconds_by_class(timeline.step(1).spans)
-            seconds = (ends[1] - ends[0]) * self.machine.corrected("step")
-            self._known[key] = (seconds, classes)
+            _, lasting = self._contended(step)
+            times = self._graph.times(lasting)
+            first, second = (max(times[node] for node in nodes) for nodes in self._graph.ends)
+            seconds = (second - first) * self.machine.corrected("step")
+            self._known[key] = (seconds, self._graph.classes(lasting, times))
         return self._known[key]
 
-    def _contended(self, step: Step) -> Durations:
+    def use(self, step: Step) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+        """Of a step in steady state, seconds that every engine works, and that it waits by what
+        for, as in ``ready:experts``."""
+        _, lasting = self._contended(step)
+        lists = self._graph.lists.items()
+        busy = {name: sum(lasting[slot] for slot in slots) for name, slots in lists}
+        return busy, self._graph.waits(self._graph.times(lasting))
+
+    def _contended(self, step: Step) -> tuple[Durations, list[float]]:
+        """Durations while engines slow each other, and those of the graph's slots."""
         durations = Durations(self.layout, self.program, self.machine, self._costs)
+        graph = self._graph
+        alone = [durations.of(item, number, step) for item, number in graph.items]
         if not self._readers:
-            return durations
-        disk = max(
-            sum(durations.of(i, 0, step) for i in self._flat[name] if isinstance(i, Load))
-            for name in self._readers
-        )
-        cpu = max(
-            sum(durations.of(i, worker, step) for i in self._flat[name] if isinstance(i, Run))
-            for worker, name in enumerate(self.program.workers)
-        )
+            return durations, alone
+        busy = {name: sum([alone[slot] for slot in slots]) for name, slots in graph.lists.items()}
+        disk = max(busy[name] for name in self._readers)
+        cpu = max(busy[name] for name in self.program.workers)
         total = max(cpu, disk)
         durations.contend(cpu / total, disk / total)
-        return durations
+        return durations, [durations.of(item, number, step) for item, number in graph.items]
 
     def _setup_rate(self) -> float:
         """Bytes/s at which all workers together read into memory that is new to the process."""

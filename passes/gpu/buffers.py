@@ -122,7 +122,8 @@ def pool_sizes(predictor: GpuPredictor, loop: Loop) -> dict[str, tuple[int, int]
     used = tier_bytes(layout, predictor.costs.gpu.count)
     sent = 1 - device.linears_cpu / 100
     ring = layout.prefetch["experts"].slots * layout.chunk * max(sizes.expert, default=0)
-    group = layout.rows * -(-layout.dispatch.kv_tokens // layout.dispatch.seqs)
+    rows = -(-layout.rows // predictor.costs.gpu.count)
+    group = rows * -(-layout.dispatch.kv_tokens // layout.dispatch.seqs)
     per_token = max((b.kv.bytes_per_token for b in layout.graph.bodies if b.kv), default=0)
     found = {
         "dense": max(sizes.dense, default=0) * sent,
