@@ -37,6 +37,7 @@ BROKEN = [
     ("sort, two launches", "mask=pad < last", "mask=pad < first"),
     ("reduce", "(id >= 0) & (id < EXPERTS)", "(id >= -1) & (id < EXPERTS)"),
     ("activate", "range(SPLIT_K)", "range(1)"),
+    ("up placed, apart", "w_ptr + UP_AT", "w_ptr + GATE_AT"),
 ]  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from clock import Clock, Peaks, Timing
 from rivals import Experts, rivals
+from slots import Slots
 from torch import Tensor
 from triton.errors import TritonError  # type: ignore[import-untyped]
 
@@ -107,6 +108,8 @@ def measure_layer(
     }
     skipped, eager = {}, set()
     if layer.up.format == "plain" and not layer.shared and not layer.bias:
+        slots = Slots(layer, weights, arch, counts).runner(folder)
+        ways["dovetail, by address"] = lambda b: slots(b.x, b.ids, b.routed)
         for rival in rivals(layer, weights):
             if rival.run is None:
                 skipped[rival.name] = rival.skipped

@@ -11,8 +11,8 @@ from layers import Measured, verdicts
 from questions import Answer
 from tiles import Tried, kendall
 
-from dovetail.codegen.gate.table import tile_text
 from dovetail.ir import codec
+from dovetail.ir.kernel_text import tile_text
 
 
 @dataclass(slots=True)

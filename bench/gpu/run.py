@@ -19,6 +19,7 @@ def main() -> None:
     parser.add_argument("--part", type=int, choices=(1, 2), required=True)
     parser.add_argument("--out", type=Path, required=True, help="Markdown; JSON goes beside it")
     parser.add_argument("--minutes", type=float, default=8.5, help="begin nothing after this")
+    parser.add_argument("--only", default="", metavar="SECTION", help="of the part, as numbers")
     parser.add_argument("--dry", action="store_true", help="try it on tiny layers with no GPU")
     options = parser.parse_args()
     sys.path.insert(0, str(ROOT / "src"))
