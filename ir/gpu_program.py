@@ -16,6 +16,8 @@ from dataclasses import dataclass, field, replace
 
 HOST_ENGINES = ("cpu", "disk")
 """Engines that are threads of the host; all others are streams of the GPU."""
+ENGINES = ("gpu0", "gpu1", "h2d", "d2h", *HOST_ENGINES)
+"""All engines that a program may have."""
 Ref = tuple[str, int]
 """An operation and how many layers earlier it is; a negative number is a layer to come."""
 Instance = tuple[str, int]

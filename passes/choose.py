@@ -42,17 +42,18 @@ def choose(
     knobs: Knobs | None = None,
     checkpoint: str = "",
     *,
+    runs: bool = False,
     near: Sequence[Candidate] = (),
 ) -> Plan:
     """The best plan of ``policy``, or of all for ``auto``; with ``knobs`` exactly that schedule.
-    Without a GPU, candidates of another plan let only their policies search, ``near`` their knobs:
-    for problems that are hardly different.
+    One that ``runs`` has nothing that is simulated only. Without a GPU, candidates of another plan
+    let only their policies search, ``near`` their knobs: for problems that are hardly different.
 
     Raises BudgetError if nothing fits, naming the smallest budget that works, and InputError for
     an unknown policy.
     """
     if machine.accelerator is not None and "hbm" in budget:
-        plan = choose_gpu(graph, machine, budget, workload, policy, knobs, checkpoint)
+        plan = choose_gpu(graph, machine, budget, workload, policy, knobs, checkpoint, runs=runs)
         return with_offsets(plan, graph)
     if policy != "auto" and policy not in POLICIES:
         known = ", ".join(["auto", *POLICIES])

@@ -28,7 +28,7 @@ class Buffer:
 @dataclass(frozen=True, slots=True)
 class Launch:
     """An operation of a layer with the buffers that it reads, whose results it expects there (as
-    in ``copy_dense[3]``), and the buffer that it writes."""
+    in ``copy_dense[3]``), the buffer that it writes, and its engine."""
 
     op: str
     layer: int
@@ -36,6 +36,7 @@ class Launch:
     reads: tuple[Buffer, ...]
     sources: tuple[str, ...]
     writes: Buffer
+    engine: str = ""
 
 
 @dataclass(slots=True)
@@ -71,6 +72,8 @@ class ComputeDevice(Device, Protocol):
 
     memory: dict[str, "Tensor"]
     compute: "torch.device"
+    timed: bool
+    """Whether work has ended when its call has, so that the host's clock tells how long it took."""
 
     def bytes_of(self, buffer: Buffer) -> "Tensor":
         """The buffer's bytes as a tensor [nbytes] of uint8."""
@@ -85,6 +88,18 @@ class ComputeDevice(Device, Protocol):
         """Let all memory go."""
 
 
+def require_gpu() -> None:
+    """Raises ModelError, saying what was found, unless torch can use a GPU here."""
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ModelError(
+            "this plan runs on a GPU, but torch finds none here "
+            f"(torch {torch.__version__}, CUDA {torch.version.cuda or 'not built in'}): run it "
+            "on a machine with a GPU, or plan again for this machine's processor"
+        )
+
+
 class CudaDevice:
     """A GPU by torch: an engine is a stream, or, of the host, the thread that calls.
 
@@ -92,15 +107,12 @@ class CudaDevice:
     pinned memory, so that copies need not wait for the host. Raises ModelError without a GPU.
     """
 
+    timed = False
+
     def __init__(self, work: Callable[[Launch, "CudaDevice"], None], index: int = 0) -> None:
         import torch
 
-        if not torch.cuda.is_available():
-            raise ModelError(
-                "this plan runs on a GPU, but torch finds none here "
-                f"(torch {torch.__version__}, CUDA {torch.version.cuda or 'not built in'}): run it "
-                "on a machine with a GPU, or plan again for this machine's processor"
-            )
+        require_gpu()
         # Untyped in torch's own sources.
         self._cuda: Any = torch.cuda
         self._torch, self._work = torch, work

@@ -135,6 +135,7 @@ class GpuExecutor:
             reads=tuple(self._buffer(read) for read in reads),
             sources=tuple(instance_text(*read) for read in reads),
             writes=self._buffer(key),
+            engine=op.engine,
         )
 
     def _buffer(self, key: Instance) -> Buffer:

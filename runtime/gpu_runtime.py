@@ -16,6 +16,7 @@ from dovetail.runtime.gpu_experts import Experts
 from dovetail.runtime.gpu_memory import GpuMemory
 from dovetail.runtime.gpu_work import Choose, GpuWork
 from dovetail.runtime.memory_weights import MemoryWeights
+from dovetail.runtime.recorder import clock
 from dovetail.runtime.safetensors_index import CheckpointIndex
 
 Emitted = tuple[GpuProgram, Mapping[str, Any]]
@@ -53,6 +54,7 @@ class GpuRuntime:
         self._work = GpuWork(graph, settings, constants, segments, choose)
         self.device = make_device(self._work)
         self.memory = GpuMemory(self.device, first[0][0].capacity)
+        self.recorder = self._work.recorder
         self._executor: GpuExecutor | None = None
         self._stopped = False
 
@@ -78,8 +80,10 @@ class GpuRuntime:
         ended = [g.group for g in groups if g.group.takes(len(self._work.graph.layers) - 1)]
         order = [places[g.members[row].index] for g in ended for row in g.receivers]
         self._work.begin(groups, _inputs_of(step, inputs, groups), order, program)
+        begin = clock()
         self._executor.run_step()
         self._work.end()
+        self.recorder.end_step(clock() - begin)
         tokens = torch.empty(step.seqs, dtype=torch.int64)
         tokens[order] = self._work.tokens.to("cpu")
         return tokens

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dovetail.ir.gpu_program import GpuProgram
+from dovetail.ir.gpu_program import ENGINES, GpuProgram
 from dovetail.ir.gpu_settings import GpuGroup, GpuSettings
-from dovetail.ir.gpu_tasks import gpu_task
+from dovetail.ir.gpu_tasks import GpuTask, gpu_task
 from dovetail.ir.task_graph import TaskGraph
 from dovetail.runtime.attention import attention
 from dovetail.runtime.gpu_attention import gpu_attention
@@ -32,6 +32,7 @@ from dovetail.runtime.gpu_kv import (
 from dovetail.runtime.gpu_memory import GpuMemory
 from dovetail.runtime.gpu_weights import GpuWeights, Key
 from dovetail.runtime.memory_weights import MemoryWeights
+from dovetail.runtime.recorder import Recorder, clock
 from dovetail.runtime.safetensors_index import CheckpointIndex
 from dovetail.runtime.weight_store import Tensors
 
@@ -59,6 +60,7 @@ class GpuWork:
         self.tokens: Tensor = torch.empty(0, dtype=torch.int64)
         self.states: list[GroupState] = []
         self.places: Sequence[int] = ()
+        self.recorder = Recorder(list(ENGINES))
 
     def start(
         self,
@@ -113,7 +115,13 @@ class GpuWork:
 
     def __call__(self, launch: Launch, device: ComputeDevice) -> None:
         """Do an operation, on the current stream or thread."""
-        task = gpu_task(launch.op)
+        begin = clock()
+        self._do(gpu_task(launch.op), launch)
+        if device.timed:
+            kind, _, name = launch.work.partition(":")
+            self.recorder.add(launch.engine, kind, name, launch.layer, begin, clock())
+
+    def _do(self, task: GpuTask, launch: Launch) -> None:
         with torch.inference_mode():
             if task.kind:
                 state = self._takers(launch.layer)[task.number]

@@ -29,6 +29,7 @@ class HostDevice:
     """
 
     compute = torch.device("cpu")
+    timed = True
 
     def __init__(self, work: Callable[[Launch, "HostDevice"], None]) -> None:
         self._work = work

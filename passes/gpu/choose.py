@@ -46,17 +46,19 @@ def choose_gpu(
     policy: str = "auto",
     knobs: Knobs | None = None,
     checkpoint: str = "",
+    *,
+    runs: bool = False,
 ) -> Plan:
     """The best plan of ``policy``, or of all for ``auto``; with ``knobs`` exactly that schedule.
+    One that ``runs`` has nothing that is simulated only.
 
     Raises BudgetError if nothing fits and InputError for an unknown policy.
     """
     if policy != "auto" and policy not in GPU_POLICIES:
         known = ", ".join(["auto", *GPU_POLICIES])
         raise InputError(f"policy {policy!r} is not known here; choose one of {known}")
-    setting = GpuSetting(
-        graph, machine, int(budget["hbm"] * HBM_SHARE), int(budget["ram"] * RAM_SHARE), workload
-    )
+    hbm, ram = int(budget["hbm"] * HBM_SHARE), int(budget["ram"] * RAM_SHARE)
+    setting = GpuSetting(graph, machine, hbm, ram, workload, runs)
     search = _Search(setting, GpuCosts(machine, graph.dtype, workload.routing))
     names = list(GPU_POLICIES) if policy == "auto" else [policy]
     choices: list[Chosen] = []

@@ -63,13 +63,15 @@ step; ``layers`` whole layers of buffers, instead of ``slots`` loads of ``chunk`
 
 @dataclass(frozen=True, slots=True)
 class GpuSetting:
-    """What a policy decides for: ``hbm`` bytes of one GPU and ``ram`` bytes may be used."""
+    """What a policy decides for: ``hbm`` bytes of one GPU and ``ram`` bytes may be used. A schedule
+    that ``runs`` has no columns of matrices on the CPU, which are simulated only."""
 
     graph: TaskGraph
     machine: Machine
     hbm: int
     ram: int
     workload: Workload
+    runs: bool = False
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -102,6 +104,8 @@ def moves(setting: GpuSetting, knobs: Knobs) -> tuple[Move, ...] | None:
     # Pages are copied ahead of the router, what is dealt by load after it.
     early = knobs["paged"] and knobs["experts_cpu"] and knobs["by_load"]
     if kv_hbm + attention_cpu > 100 or (knobs["barrier"] and beside) or early:
+        return None
+    if setting.runs and knobs["linears_cpu"]:
         return None
     if knobs["by_load"] and knobs["linears_cpu"]:
         # Experts that are dealt out in every step are the CPU's as a whole or not at all.

@@ -119,6 +119,12 @@ def _run_parser(parser: argparse.ArgumentParser) -> None:
         "--record-routing", type=Path, metavar="FILE.npz", help="write the experts of every token"
     )
     parser.add_argument("--ray", type=int, metavar="N", help="N shards on a Ray cluster")
+    parser.add_argument(
+        "--target",
+        choices=("cpu", "cuda", "host"),
+        default="cpu",
+        help="this machine's processor, its GPU, or a GPU's programs on the processor, as a check",
+    )
     parser.set_defaults(command=_run)
 
 

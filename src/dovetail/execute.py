@@ -69,7 +69,7 @@ class Execution:
         graph = captured.graph
         self.layout = apply_moves(graph, plan.moves)
         self.program: Program = lower(self.layout, plan.budget)
-        self.source = emit_executor(graph, self.program, _title(plan))
+        self.source = emit_executor(graph, self.program, plan_title(plan))
         executor_file.write_text(self.source, encoding="utf-8")
         functions: dict[str, Any] = {}
         exec(compile(self.source, str(executor_file), "exec"), functions)
@@ -132,7 +132,8 @@ class Execution:
         measured.timeline = runtime.recorder.timeline()
 
 
-def _title(plan: Plan) -> dict[str, str]:
+def plan_title(plan: Plan) -> dict[str, str]:
+    """What an emitted executor says that it was emitted for."""
     budget = ", ".join(f"{tier}={format_bytes(size)}" for tier, size in plan.budget.items())
     knobs = ", ".join(f"{name}={value}" for name, value in plan.knobs.items())
     return {

@@ -4,14 +4,14 @@ The executor's text of every program, and that of the segments that all share, a
 the plan.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dovetail.capture.captured import Captured
 from dovetail.codegen.gpu_executor import emit_gpu_executor
 from dovetail.codegen.gpu_segments import emit_gpu_segments
-from dovetail.ir.batching import Batcher, Request
+from dovetail.ir.batching import Batcher, Request, Step
 from dovetail.ir.gpu_settings import GpuGroup, GpuSettings, gpu_groups
 from dovetail.ir.verify_gpu_program import verify_gpu_program
 from dovetail.ir.workload import Workload
@@ -52,24 +52,27 @@ class GpuPrograms:
         self.settings: GpuSettings = gpu_settings(layout, costs, workload)
         self._predictor = GpuPredictor(layout, costs)
         self._workload, self._capacity = workload, dict(capacity)
-        self._title, self._folder = dict(title), folder
-        self._known: dict[tuple[object, ...], Emitted] = {}
+        self._title, self.folder = dict(title), folder
+        self._known: dict[Key, Emitted] = {}
+        self._seconds: dict[Key, float] = {}
 
     def __call__(self, groups: tuple[GpuGroup, ...]) -> Emitted:
         """The program of a step with these groups. Raises VerifyError."""
-        key = tuple(
-            (
-                each.kind,
-                len(each.group.members).bit_length(),
-                each.group.q_len.bit_length(),
-                each.group.past.bit_length(),
-                each.group.layers,
-            )
-            for each in groups
-        )
+        key = _key(groups)
         if key not in self._known:
             self._known[key] = self._made(groups)
         return self._known[key]
+
+    def predicted(self, steps: Iterable[Step]) -> float:
+        """Seconds of these steps as planned, one of each kind standing for all."""
+        total = 0.0
+        for step in steps:
+            groups = gpu_groups(step, self.settings)
+            key = _key(groups)
+            if key not in self._seconds:
+                self._seconds[key] = self._predictor.step(step_work(groups))[0]
+            total += self._seconds[key]
+        return total
 
     def first(self) -> list[Emitted]:
         """The programs of the first steps of the workload: they have every pool."""
@@ -91,7 +94,24 @@ class GpuPrograms:
         verify_gpu_program(program)
         source = emit_gpu_executor(program, self._title)
         name = f"executor_{len(self._known)}_{work.kind}.py"
-        return program, _namespace(source, name, self._folder)
+        return program, _namespace(source, name, self.folder)
+
+
+Key = tuple[tuple[object, ...], ...]
+"""What steps have in common that share a program."""
+
+
+def _key(groups: Iterable[GpuGroup]) -> Key:
+    return tuple(
+        (
+            each.kind,
+            len(each.group.members).bit_length(),
+            each.group.q_len.bit_length(),
+            each.group.past.bit_length(),
+            each.group.layers,
+        )
+        for each in groups
+    )
 
 
 def _namespace(source: str, name: str, folder: Path | None) -> dict[str, Any]:
@@ -106,26 +126,20 @@ def _namespace(source: str, name: str, folder: Path | None) -> dict[str, Any]:
 
 
 def gpu_generation(
+    programs: GpuPrograms,
     layout: Layout,
-    costs: GpuCosts,
-    workload: Workload,
-    capacity: Mapping[str, int],
     captured: Captured,
     source: CheckpointIndex | MemoryWeights,
     make_device: MakeDevice,
     sampling: Sampling,
     stop_tokens: Sequence[int],
-    *,
-    title: Mapping[str, str] | None = None,
-    folder: Path | None = None,
     experts: Experts | None = None,
 ) -> Generation[GpuRuntime]:
-    """Generation under a layout for a GPU within ``capacity`` bytes of each tier.
+    """Generation under a layout for a GPU, whose ``programs`` these are.
 
     Raises VerifyError for what the executor does not do; entering it raises BudgetError.
     """
-    programs = GpuPrograms(layout, costs, workload, capacity, title or {}, folder)
-    segments = _namespace(emit_gpu_segments(layout.graph), "segments.py", folder)
+    segments = _namespace(emit_gpu_segments(layout.graph), "segments.py", programs.folder)
     activations = tier_bytes(layout, 1)["hbm"]["activations"]
 
     def runtime(choose: Choose) -> GpuRuntime:

@@ -39,7 +39,8 @@ Note = Callable[[str], None]
 class Request:
     """What to plan. ``checkpoint`` is a model folder, or a config.json or a folder with no weights
     beside it; ``machine`` names a machine file, "" for this machine; ``plan`` a plan file whose
-    moves are to be used instead of a search."""
+    moves are to be used instead of a search. A plan that ``runs`` has nothing that is simulated
+    only."""
 
     checkpoint: str
     budget: Mapping[str, int]
@@ -48,6 +49,7 @@ class Request:
     knobs: Mapping[str, int | bool] | None = None
     machine: str = ""
     plan: str = ""
+    runs: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +120,7 @@ def plan_model(request: Request, model: Model, machine: Machine) -> tuple[Plan, 
         policy=request.policy,
         knobs=request.knobs,
         checkpoint=model.digest,
+        runs=request.runs,
     )
     plan = with_kernels(plan, captured.graph)
     _verify(plan, captured)
@@ -153,7 +156,7 @@ def _adopt(
     if layout.device is not None and "hbm" not in request.budget:
         raise PlanError(
             f"{request.plan}: the plan is for the GPU of {plan.machine.name}; schedules for "
-            "GPUs are planned and simulated only: plan again for this machine's processor"
+            "GPUs run there with --target cuda: do so, or plan again for this machine's processor"
         )
     if request.workload.longest > layout.dispatch.longest:
         raise PlanError(

@@ -3,7 +3,7 @@ bound."""
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from dovetail.execute import Measured
@@ -45,6 +45,8 @@ class Report:
     step_seconds: tuple[float, ...]
     predicted_timeline: Timeline
     measured_timeline: Timeline
+    hbm: dict[str, int] = field(default_factory=dict)
+    """Bytes of a GPU's memory: measured and predicted peak, and budget."""
 
     @classmethod
     def of(cls, plan: Plan, layout: Layout, steps: Sequence[Step], measured: Measured) -> "Report":
@@ -127,10 +129,20 @@ def table(report: Report, prompts: int, before: int, out: Path, place: Path) -> 
                      f"budget {format_bytes(report.budget)}"),
         ("bound", f"{report.bound_seconds:.2f} s, set by {report.bound_resource}; "
                   f"{report.roof_fraction:.0%} of it reached"),
+        *_hbm_row(report),
         ("results", str(out)),
         ("plan", str(place / "plan.json")),
-        ("executor", str(place / "executor.py")),
+        ("executor", str(place / ("executor_*.py" if report.hbm else "executor.py"))),
         ("timeline", str(place / TIMELINE_FILE)),
     ]  # fmt: skip
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def _hbm_row(report: Report) -> list[tuple[str, str]]:
+    if not report.hbm:
+        return []
+    measured, predicted, budget = (
+        format_bytes(report.hbm[name]) for name in ("measured", "predicted", "budget")
+    )
+    return [("peak hbm", f"set aside {measured}, predicted {predicted}, budget {budget}")]

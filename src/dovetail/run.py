@@ -15,6 +15,7 @@ from pathlib import Path
 
 from dovetail.checkpoint import ModelFolder
 from dovetail.execute import Execution
+from dovetail.gpu_run import GpuExecution, check_target, gpu_place
 from dovetail.ir import codec
 from dovetail.ir.batching import Request as SequenceRequest
 from dovetail.ir.errors import InputError
@@ -41,8 +42,9 @@ log = logging.getLogger(__name__)
 def run(options: argparse.Namespace) -> int:
     """The whole command. Raises DovetailError."""
     _check_paths(options)
+    check_target(options)
     sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed)
-    budget = ram_budget(options.budget)
+    budget = ram_budget(options.budget) if options.target == "cpu" else {}
     folder = ModelFolder.open(options.checkpoint)
     prompts = load_prompts(folder, options)
     key = _run_key(folder, prompts, sampling, options)
@@ -163,23 +165,34 @@ def _run_rest(
     record: RoutingRecord | None,
 ) -> Report:
     workload = Workload.of([len(p.input_ids) for p in left], options.max_new_tokens)
+    machine = options.machine
+    if options.target != "cpu":
+        machine, budget = gpu_place(options, folder, place)
     request = Request(
         checkpoint=str(folder.path),
         budget=budget,
         workload=workload,
         policy=options.policy,
-        machine=options.machine,
+        machine=machine,
         plan=str(options.plan) if options.plan else "",
+        runs=True,
     )
     _warn_if_stale(options, folder)
     plan, captured = plan_apart(request, place, lambda text: None)
     stop = () if options.ignore_eos else folder.stop_tokens
     if record is not None:
         record.begin(captured.graph)
-    executor = place / "executor.py"
-    guard = RoutingGuard.for_plan(plan, captured.graph)
-    sinks = Sinks([sink for sink in (guard, record) if sink is not None])
-    execution = Execution(plan, captured, folder.index, sampling, stop, executor, sinks.or_none)
+    guard = None
+    execution: Execution | GpuExecution
+    if options.target == "cpu":
+        guard = RoutingGuard.for_plan(plan, captured.graph)
+        sinks = Sinks([sink for sink in (guard, record) if sink is not None])
+        executor = place / "executor.py"
+        execution = Execution(plan, captured, folder.index, sampling, stop, executor, sinks.or_none)
+    else:
+        execution = GpuExecution(
+            plan, captured, folder.index, sampling, stop, place, options.target
+        )
     writer = _Writer(folder, journal, left, options.max_new_tokens, record)
     requests = requests_of(left, folder.context, options.max_new_tokens)
     ids = {p.index: p.input_ids for p in left}
@@ -188,6 +201,8 @@ def _run_rest(
             writer.step(step.finished, step.tokens)
             _warn_of_drift(guard)
     _warn_of_drift(guard, last=True)
+    if isinstance(execution, GpuExecution):
+        return execution.report()
     report = Report.of(plan, execution.layout, execution.steps_run, execution.measured)
     _remember(plan, report)
     return report

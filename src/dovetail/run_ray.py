@@ -28,6 +28,10 @@ def run_on_cluster(options: argparse.Namespace) -> int:
     """The whole command. Raises DovetailError."""
     if options.ray < 1:
         raise InputError(f"--ray {options.ray}: expected at least 1 shard")
+    if options.target != "cpu":
+        raise InputError(
+            f"--ray with --target {options.target}: shards run on processors only; leave one out"
+        )
     if options.record_routing is not None:
         raise InputError("--record-routing goes with a run on one machine: leave --ray out")
     if options.temperature > 0:

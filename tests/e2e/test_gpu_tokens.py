@@ -16,7 +16,7 @@ from tests.e2e.support import (
 )
 from tests.test_gpu_choose import MACHINE
 
-from dovetail.gpu_execution import gpu_generation
+from dovetail.gpu_execution import GpuPrograms, gpu_generation
 from dovetail.ir.batching import Request
 from dovetail.ir.errors import BudgetError, VerifyError
 from dovetail.ir.workload import Workload
@@ -95,10 +95,8 @@ def generation(
     tiny: Tiny, layout: Layout, budget: dict[str, int], folder: Path | None = None
 ) -> Generation[GpuRuntime]:
     costs = GpuCosts(MACHINE, tiny.captured.graph.dtype)
-    return gpu_generation(
-        layout, costs, WORKLOAD, budget, tiny.captured, tiny.index, HostDevice, GREEDY, (),
-        folder=folder,
-    )  # fmt: skip
+    programs = GpuPrograms(layout, costs, WORKLOAD, budget, {"policy": "test"}, folder)
+    return gpu_generation(programs, layout, tiny.captured, tiny.index, HostDevice, GREEDY, ())
 
 
 def tokens_of(running: Generation[GpuRuntime]) -> list[tuple[int, ...]]:

@@ -1,0 +1,212 @@
+"""`dovetail run --target cuda`: the machine with its GPU, a plan for it at work, and its report.
+
+``--target host`` does the same with memory and threads of the host in place of the GPU's: a plan's
+programs, pools and order are those of a GPU, its speed is not. It is for checking a plan.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from dovetail.capture.captured import Captured
+from dovetail.checkpoint import ModelFolder
+from dovetail.execute import Measured, plan_title
+from dovetail.gpu_execution import GpuPrograms, MakeDevice, gpu_generation
+from dovetail.ir.batching import Request, Step
+from dovetail.ir.errors import InputError, ModelError
+from dovetail.ir.machine import Machine
+from dovetail.ir.plan import Plan
+from dovetail.ir.timeline import Timeline
+from dovetail.machine_files import load_machine, machine_budget, save_machine
+from dovetail.passes.apply_moves import apply_moves
+from dovetail.passes.gpu.cost import GpuCosts
+from dovetail.passes.gpu.predict import GpuPredictor
+from dovetail.planning import find_machine
+from dovetail.report import Report
+from dovetail.runtime import memory
+from dovetail.runtime.generate import Observer, StepReport
+from dovetail.runtime.gpu_device import CudaDevice, require_gpu
+from dovetail.runtime.gpu_experts import Experts
+from dovetail.runtime.host_device import HostDevice
+from dovetail.runtime.memory_weights import MemoryWeights
+from dovetail.runtime.safetensors_index import CheckpointIndex
+from dovetail.runtime.sampling import Sampling
+
+TARGETS = ("cpu", "cuda", "host")
+MACHINE_FILE = "machine.json"
+
+
+def check_target(options: argparse.Namespace) -> None:
+    """Refuse what a target does not do, before anything is read. Raises ModelError, InputError."""
+    if options.target == "cpu":
+        return
+    if options.record_routing is not None:
+        raise InputError(
+            f"--record-routing with --target {options.target}: routing is recorded on the "
+            "processor only; leave one of them out"
+        )
+    if options.target == "cuda":
+        require_gpu()
+    elif not options.machine:
+        raise InputError(
+            "--target host runs a plan for a machine with a GPU on this machine's processor: name "
+            "that machine with --machine"
+        )
+
+
+def gpu_place(
+    options: argparse.Namespace, folder: ModelFolder, place: Path
+) -> tuple[str, dict[str, int]]:
+    """The machine to plan for, as a name or a file in ``place``, and the budget on it."""
+    if options.machine:
+        machine, name = load_machine(options.machine), options.machine
+    else:
+        files = [shard.file for shard in folder.index.shards]
+        machine = with_gpu(find_machine("", files, lambda text: None))
+        place.mkdir(parents=True, exist_ok=True)
+        name = str(place / MACHINE_FILE)
+        save_machine(machine, Path(name))
+    budget = machine_budget(options.budget, machine)
+    if "hbm" not in budget:
+        raise InputError(
+            f"--target {options.target}: the budget leaves no hbm on {machine.name}, expected some "
+            "of a GPU's memory: name a machine with a GPU, or give hbm=SIZE above 0"
+        )
+    return name, budget
+
+
+def with_gpu(machine: Machine) -> Machine:
+    """This machine with the GPU that torch finds in it, measured. Raises ModelError without."""
+    from dovetail.runtime.calibrate_gpu import calibrate_gpu
+
+    gpu, nbytes = calibrate_gpu()
+    return replace(machine, tiers={**machine.tiers, "hbm": nbytes}, accelerator=gpu)
+
+
+def _note(text: str) -> None:
+    print(f"dovetail: {text}", file=sys.stderr)
+
+
+class GpuExecution:
+    """A plan for a GPU at work on a checkpoint; a context manager, like ``Execution``.
+
+    The emitted executors are written to ``folder``. Raises ModelError without a GPU on the target
+    ``cuda``, and VerifyError for a plan that no executor does.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        captured: Captured,
+        index: CheckpointIndex | MemoryWeights,
+        sampling: Sampling,
+        stop_tokens: Sequence[int],
+        folder: Path,
+        target: str = "cuda",
+        experts: Experts | None = None,
+    ) -> None:
+        self.plan, self.layout = plan, apply_moves(captured.graph, plan.moves)
+        if self.layout.device is None:
+            raise ModelError(
+                f"the plan (policy {plan.policy}) is for a processor, expected one for a GPU with "
+                f"--target {target}: plan again for a machine with a GPU"
+            )
+        costs = GpuCosts(plan.machine, captured.graph.dtype, plan.workload.routing)
+        self._predictor = GpuPredictor(self.layout, costs)
+        self.programs = GpuPrograms(
+            self.layout, costs, plan.workload, plan.budget, plan_title(plan), folder
+        )
+        if target == "cuda" and experts is None:
+            from dovetail.kernels.run_experts import plan_experts
+
+            experts = plan_experts(plan, self.layout, folder, _note)
+        make: MakeDevice = CudaDevice if target == "cuda" else HostDevice
+        self._generator = gpu_generation(
+            self.programs, self.layout, captured, index, make, sampling, stop_tokens, experts
+        )
+        self.measured = Measured()
+        self.steps_run: list[Step] = []
+        self.peaks: dict[str, int] = {}
+        self._begin, self._baseline = 0.0, 0
+
+    def __enter__(self) -> Self:
+        memory.reset_peak_rss()
+        self._baseline = memory.rss_bytes()
+        self._begin = time.perf_counter()
+        self._generator.__enter__()
+        self.measured.setup_seconds = time.perf_counter() - self._begin
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        runtime, measured = self._generator.runtime, self.measured
+        measured.seconds = time.perf_counter() - self._begin
+        self.peaks = {tier: budget.peak for tier, budget in runtime.memory.budgets.items()}
+        measured.pool_bytes = self.peaks["ram"]
+        measured.rss_bytes = max(0, memory.peak_rss_bytes() - self._baseline)
+        measured.classes = runtime.recorder.totals
+        measured.step_seconds = tuple(runtime.recorder.step_seconds)
+        measured.timeline = runtime.recorder.timeline()
+        self._generator.__exit__(kind, error, trace)
+
+    def configure(self, sampling: Sampling, stop_tokens: Sequence[int]) -> None:
+        """Choose tokens like this from the next run of ``steps`` on."""
+        self._generator.configure(sampling, stop_tokens)
+
+    def observe(self, observer: Observer) -> None:
+        """Show all logits to ``observer`` from now on."""
+        self._generator.observer = observer
+
+    def timeline(self) -> Timeline:
+        """What the engines did in the last steps, as measured; on a GPU nothing is yet."""
+        return self._generator.runtime.recorder.timeline()
+
+    def steps(
+        self, requests: Sequence[Request], prompt: Callable[[int], Sequence[int]]
+    ) -> Iterator[StepReport]:
+        """Run all requests; a report per step."""
+        for report in self._generator.steps(requests, prompt):
+            self.measured.steps += 1
+            self.steps_run.append(report.step)
+            self.measured.tokens += report.tokens
+            yield report
+
+    def report(self) -> Report:
+        """The run that has ended against what was planned."""
+        plan, measured = self.plan, self.measured
+        predicted = self.programs.predicted(self.steps_run)
+        return Report(
+            policy=plan.policy,
+            plan=plan.digest(),
+            budget=plan.budget["ram"],
+            tokens=measured.tokens,
+            steps=measured.steps,
+            setup_seconds=measured.setup_seconds,
+            seconds=measured.seconds,
+            predicted_seconds=predicted + plan.prediction.setup_seconds,
+            planned_seconds=plan.prediction.seconds,
+            bound_seconds=plan.bound.seconds,
+            bound_resource=plan.bound.resource,
+            predicted_bytes=dict(plan.prediction.bytes),
+            pool_bytes=measured.pool_bytes,
+            rss_bytes=measured.rss_bytes,
+            predicted_classes=dict(plan.prediction.classes),
+            measured_classes=measured.classes,
+            step_seconds=measured.step_seconds,
+            predicted_timeline=self._predictor.steady(plan.workload),
+            measured_timeline=measured.timeline,
+            hbm={
+                "measured": self.peaks["hbm"],
+                "predicted": sum(plan.prediction.tiers.get("hbm", {}).values()),
+                "budget": plan.budget["hbm"],
+            },
+        )
