@@ -142,6 +142,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--machines", default=",".join(MACHINES))
+    parser.add_argument("--workloads", default=",".join(WORKLOADS))
     parser.add_argument("--measured", type=Path, metavar="RESULT.json")
     options = parser.parse_args()
     if options.measured:
@@ -149,9 +150,9 @@ def main() -> int:
         return 0
     cells: list[Cell] = []
     for model, graph in graphs(options.models.split(",")):
-        pairs = itertools.product(options.machines.split(","), WORKLOADS.items())
-        for machine, (name, workload) in pairs:
-            cells.append(cell(model, graph, load_machine(machine), name, workload))
+        pairs = itertools.product(options.machines.split(","), options.workloads.split(","))
+        for machine, name in pairs:
+            cells.append(cell(model, graph, load_machine(machine), name, WORKLOADS[name]))
             print(f"{model} {machine} {name}: {cells[-1].planning_seconds:.1f} s", file=sys.stderr)
     print(table(cells))
     if options.out:

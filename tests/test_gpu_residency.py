@@ -13,10 +13,12 @@ from dovetail.ir.machine import Machine
 from dovetail.ir.workload import Workload
 from dovetail.passes.apply_moves import apply_moves
 from dovetail.passes.choose import choose
+from dovetail.passes.gpu.batch_tables import BatchTables
 from dovetail.passes.gpu.cost import GpuCosts
 from dovetail.passes.gpu.predict import GpuPredictor
 from dovetail.passes.gpu.residency import NAME, Residency, inside, residency, shortage
-from dovetail.passes.gpu.tables import EXPERT_ROWS, UNIT, BatchTables, Sizes, Tables
+from dovetail.passes.gpu.table_setting import EXPERT_ROWS, UNIT, Sizes
+from dovetail.passes.gpu.tables import Tables
 from dovetail.passes.policies.common import Knobs
 from dovetail.passes.policies.gpu import DEFAULTS, GpuSetting, ladders, moves
 from dovetail.solvers.batch_problem import check, check_batch

@@ -28,10 +28,10 @@ def relay(
 
 
 def test_buffers_in_a_row_are_bounded_together() -> None:
-    problem = relay([6] * 5, [1] * 5, [1] * 5, 30, (1, 1))
+    problem = relay([6] * 5, [1] * 5, [1] * 5, 30, (2, 1))
     bounds = period_bounds(problem)
-    # Two experts wait for attention; three are read after it, the last is copied and used.
-    assert bounds["relay:p+q"] == 1 + 3 * 6 + (1 + 1 + 30 + 1)
+    # Three experts wait for attention; two are read after it, the last is copied and used.
+    assert bounds["relay:p+q"] == 1 + 2 * 6 + (1 + 1 + 30 + 1)
     assert max(value for name, value in bounds.items() if not name.startswith("relay")) == 36
     solved = solve(problem)
     assert (solved.status, solved.objective) == ("optimal", bounds["relay:p+q"])

@@ -1,12 +1,17 @@
 """GPU bound: `graph, machine, budget, workload -> a time that no schedule can beat`.
 
-With P passes over the model: all arithmetic at the best rates of GPUs and CPU together; what hbm
-does not hold of weights and KV crosses the link or is read by the CPU from ram, in every pass; what
-hbm and ram together do not hold is read from disk. P is at least the longest generation, and at
-least the KV of all sequences over what memory holds at a time. Routing is taken as uniform.
+With P passes over the model, of W bytes of weights each, and C the bytes of KV that are in use at
+the start of a pass, over all passes: all arithmetic at the best rates of GPUs and CPU together;
+what hbm does not hold of weights and KV crosses the link or is read by the CPU from ram, in every
+pass; what hbm and ram hold of KV they do not hold of weights, so with M bytes of both, at least
+``P * W - (P - 1) * M + C`` bytes are read from disk (the first pass begins with nothing). P is at
+least the longest generation, and at least the KV of all sequences over what memory holds at a time.
+More passes keep less KV in use and read fewer experts each: the bound is the least over all P of
+the longest of these. Routing is taken as uniform, passes as equally full.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 from dovetail.ir.expr import evaluate
 from dovetail.ir.machine import Machine
@@ -14,6 +19,9 @@ from dovetail.ir.plan import Bound
 from dovetail.ir.task_graph import ITEMSIZE, TaskGraph
 from dovetail.ir.workload import Workload
 from dovetail.passes.bound import body_costs, gemm_flops, weights_read
+
+STEP = 1.004
+"""Ratio of one number of passes that is looked at to the next."""
 
 
 def gpu_bound(
@@ -26,20 +34,57 @@ def gpu_bound(
     new = workload.new_tokens
     held = sum(n * (length * new + new * (new - 1) / 2) for length, n in workload.lengths)
     kv = held * graph.kv_bytes_per_token
-    passes = max(new, kv / (hbm + ram))
-    weights = weights_read(graph, (workload.prompt_tokens + workload.prompts * new) / passes)
+    weights_of = _WeightsRead(graph, workload)
     kv_read = kv - workload.prompt_tokens * graph.kv_bytes_per_token
+    in_use = max(0.0, kv_read - workload.prompts * (new - 1) * graph.kv_bytes_per_token)
     host = _host_bandwidth(machine, graph.dtype)
-    links = gpu.count * gpu.h2d.peak + host
-    parts = {
-        "compute": _compute_seconds(graph, machine, workload),
-        "memory": (passes * weights + kv_read) / (gpu.count * gpu.hbm_bandwidth + host),
-        # KV may be in hbm instead of weights: only what exceeds hbm in every pass must cross.
-        "links": max(0.0, passes * (weights - hbm) + kv_read) / links,
-        "disk": max(0.0, passes * (weights - hbm - ram)) / machine.disk.peak,
-    }
+    memory, links = gpu.count * gpu.hbm_bandwidth + host, gpu.count * gpu.h2d.peak + host
+    compute = _compute_seconds(graph, machine, workload)
+
+    def least(passes: float, most: float) -> dict[str, float]:
+        """What each resource takes at least with this many passes and not more than ``most``."""
+        read = passes * weights_of(passes)
+        return {
+            "compute": compute,
+            "memory": (read + kv_read) / memory,
+            # KV may be in hbm instead of weights: only what exceeds hbm in every pass must cross.
+            "links": max(0.0, read - most * hbm + kv_read) / links,
+            "disk": max(read / passes, read - (most - 1) * (hbm + ram) + in_use)
+            / machine.disk.peak,
+        }
+
+    parts = _least_of_all(least, max(new, kv / (hbm + ram)))
     resource = max(parts, key=lambda name: parts[name])
     return Bound(parts[resource], resource, parts)
+
+
+@dataclass(frozen=True, slots=True)
+class _WeightsRead:
+    """Bytes of weights that one of so many passes reads; all passes together read the more, the
+    more there are."""
+
+    graph: TaskGraph
+    workload: Workload
+
+    def __call__(self, passes: float) -> float:
+        tokens = self.workload.prompt_tokens + self.workload.prompts * self.workload.new_tokens
+        return weights_read(self.graph, tokens / passes)
+
+
+def _least_of_all(
+    least: Callable[[float, float], dict[str, float]], passes: float
+) -> dict[str, float]:
+    """The parts for the number of passes, from ``passes`` up, whose longest part is shortest. What
+    all numbers of a small range take at least bounds each of them; beyond the range at which
+    memory alone takes longer than the best, none is better."""
+    best: dict[str, float] = {}
+    while True:
+        parts = least(passes, passes * STEP)
+        if not best or max(parts.values()) < max(best.values()):
+            best = parts
+        if parts["memory"] >= max(best.values()):
+            return best
+        passes *= STEP
 
 
 def _host_bandwidth(machine: Machine, dtype: str) -> float:

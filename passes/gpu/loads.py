@@ -6,6 +6,7 @@ more bundles only add launches and smaller copies. Beside the engines there are 
     turn     attention of all groups, then all experts: no layer overtakes itself
     alone    attention of one bundle of groups, whatever the others do
     refill   copies that find no buffer before the first expert has run, then a turn's attention
+    relay    reads from disk that find no buffer, in ram or beyond, before that, then the same
 
 The CPU is slowed by copies that read the same memory, by 1 / (1 - a h / m) where h and m are busy
 ticks of the link and of the busiest engine, and a the share that it loses beside copies. Whichever
@@ -26,7 +27,7 @@ from dovetail.passes.loop.groups import MAX_GROUPS, bundle
 from dovetail.passes.loop.work import TICK, StepWork
 
 ENGINES = ("gpu0", "gpu1", "h2d", "d2h", "disk", "cpu")
-ROWS = (*ENGINES, "turn", "alone", "refill")
+ROWS = (*ENGINES, "turn", "alone", "refill", "relay")
 """What may be busiest in a layer."""
 ALONE = {
     "prefill": ("gpu0",),
@@ -39,6 +40,8 @@ ROUNDING = 0.5
 """Ticks by which an operation of a loop body may be rounded down."""
 NEVER = -1e9
 """Ticks of a row that does not count."""
+NO_TURNS = dict.fromkeys(("turn", "refill", "relay"), NEVER)
+"""Rows of experts that do not wait for all groups."""
 Groups = tuple[int, int] | None
 Loads = dict[str, float]
 """Ticks by row; those that are missing are 0."""
@@ -98,7 +101,7 @@ class LoopLoads:
                 _add(total, part.loads)
                 chain, alone = max(chain, part.chain), max(alone, part.alone)
         turn = max(total["gpu0"], chain)
-        total |= {"turn": turn, "alone": alone, "refill": turn}
+        total |= {"turn": turn, "alone": alone, "refill": turn, "relay": turn}
         return total
 
     def experts(self, work: StepWork, layer: int, cpu: int, groups: Groups) -> Loads:
@@ -148,7 +151,7 @@ class LoopLoads:
     def _experts_of(self, layer: int, work: StepWork, cpu: int, groups: Groups) -> Loads:
         spec = experts_of(self._layout.graph, layer)
         if spec is None:
-            return {"turn": NEVER, "refill": NEVER} if groups else {}
+            return NO_TURNS if groups else {}
         layers = len(self._layout.graph.layers)
         device = replace(self._device, experts=(spec.count,) * layers, experts_cpu=cpu)
         layout = replace(self._layout, device=device, experts_resident=(spec.count,) * layers)
@@ -158,7 +161,7 @@ class LoopLoads:
         if groups:
             on_gpu = 1 - round(spec.count * cpu / 100) / spec.count
             grouped = on_gpu * self._group_by_group(spec, work, *groups)
-            return found | {"gpu0": grouped, "turn": NEVER, "refill": NEVER}
+            return found | {"gpu0": grouped} | NO_TURNS
         host = sum(found.get(engine, 0.0) for engine in ("d2h", "cpu", "h2d"))
         return found | {"turn": max(found.get("gpu0", 0.0), host)}
 

@@ -4,8 +4,10 @@ The solver's schedule is cut into one order per engine, which the simulator foll
 can, with queues and events); a move is made only where that beats the policy's own order.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import product
 
 from dovetail.ir.moves import Move, Pipeline
@@ -16,7 +18,7 @@ from dovetail.passes.loop.body import TICK, Loop, Order, StepWork
 from dovetail.passes.loop.simulate import pace, steady_schedule
 from dovetail.solvers import modulo_schedule
 from dovetail.solvers.loop_bounds import lowest_period
-from dovetail.solvers.loop_problem import LoopProblem, ModuloSchedule
+from dovetail.solvers.loop_problem import Hold, LoopProblem, ModuloSchedule, Op
 from dovetail.solvers.retime import retime
 
 WORK = 0.6
@@ -25,6 +27,9 @@ ENOUGH = 0.015
 """Share by which a shorter period would not be worth looking for."""
 RESOLUTION = 1500
 """Ticks of a period that the solver sees; finer ones only cost it time."""
+
+Items = tuple[tuple[str, tuple[tuple[str, int], ...]], ...]
+"""An order as pairs, by which a cache knows it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,19 +68,37 @@ def overlap(predictor: GpuPredictor, workload: Workload) -> Overlapped:
 def _solved(loop: Loop, before: float) -> tuple[float, float, Order]:
     """The solver's period in seconds, or ``before`` where its order is no better, what it proved,
     and the order."""
-    grain = max(1, round(before / TICK / RESOLUTION))
-    coarse, own = _coarser(loop.problem, grain), steady_schedule(loop)
+    problem, order = loop.problem, tuple(loop.order.items())
+    pools = tuple(problem.pools.items())
+    found, bound, items = _searched(problem.ops, problem.holds, pools, problem.chains, order)
+    if found < before * (1 - 1e-6):
+        return found, bound, dict(items)
+    return before, bound, loop.order
+
+
+@lru_cache(maxsize=512)
+def _searched(
+    ops: tuple[Op, ...],
+    holds: tuple[Hold, ...],
+    pools: tuple[tuple[str, int], ...],
+    chains: tuple[tuple[str, ...], ...],
+    order: Items,
+) -> tuple[float, float, Items]:
+    """The period of the solver's order, its bound, and that order. Schedules that differ in other
+    steps have many a body in common, which is solved once."""
+    loop = Loop(LoopProblem(ops, holds, dict(pools), chains), dict(order), {}, {})
+    own = steady_schedule(loop)
+    grain = max(1, round(own.period / RESOLUTION))
+    coarse = _coarser(loop.problem, grain)
     starts = {name: start // grain for name, start in own.starts.items()}
     begin = retime(coarse, ModuloSchedule(max(1, own.period // grain), starts))
     solved = modulo_schedule.solve(coarse, work=WORK, start=begin, enough=ENOUGH)
     # The solver saw durations rounded down, so that its bound holds for the exact ones.
     bound = (solved.bound or 0) * grain * TICK
-    if solved.status != "infeasible":
-        better = replace(loop, order=order_of(loop.problem, solved.value))
-        found = pace(better).period
-        if found < before * (1 - 1e-6):
-            return found, bound, better.order
-    return before, bound, loop.order
+    if solved.status == "infeasible":
+        return math.inf, bound, order
+    better = replace(loop, order=order_of(loop.problem, solved.value))
+    return pace(better).period, bound, tuple(better.order.items())
 
 
 def _coarser(problem: LoopProblem, grain: int) -> LoopProblem:

@@ -11,7 +11,8 @@ from dovetail.ir.errors import BoundError
 from dovetail.ir.plan import Certificate
 from dovetail.ir.workload import Workload
 from dovetail.passes.gpu.cost import GpuCosts
-from dovetail.passes.gpu.tables import EXPERT_ROWS, KIB, UNIT, Tables
+from dovetail.passes.gpu.table_setting import EXPERT_ROWS, KIB, UNIT
+from dovetail.passes.gpu.tables import Tables
 from dovetail.passes.policies.common import Knobs
 from dovetail.passes.policies.gpu import DEFAULTS, GpuSetting, moves
 from dovetail.solvers.batch_residency import solve
