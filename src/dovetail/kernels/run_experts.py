@@ -58,13 +58,9 @@ class KernelExperts:
             kind: ExpertsRunner(*kind, _most_tokens(*kind, share), device, folder, load)
             for kind in kinds
         }
+        self.nbytes = sum(runner.nbytes for runner in self._runners.values())
         self._begun: dict[LayerSpec, tuple[Routing, int]] = {}
         self._tables: dict[tuple[int, ...], Tensor] = {}
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all buffers."""
-        return sum(runner.nbytes for runner in self._runners.values())
 
     def run(
         self,
@@ -140,6 +136,7 @@ def kernel_experts(
     }
     if not ladders:
         return others
+    folder.mkdir(parents=True, exist_ok=True)
     return KernelExperts(ladders, device, folder, nbytes, others, load)
 
 
