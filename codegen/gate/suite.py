@@ -61,12 +61,12 @@ def gate_suite(arch: Arch) -> Iterator[tuple[str, KernelSpec]]:
             yield label, spec
 
 
-_LIKE_OTHERS = ("sm_86", "sm_89")
+LIKE_OTHERS = ("sm_86", "sm_89")
 """The same instructions as sm_80 with less shared memory: a few kernels stand for all."""
 
 
 def _all(arch: Arch) -> Iterator[tuple[str, KernelSpec]]:
-    few = arch.name in _LIKE_OTHERS
+    few = arch.name in LIKE_OTHERS
     in_slots: tuple[tuple[LayerSpec, tuple[int, int], tuple[str, ...]], ...] = (
         (QWEN3_30B_IN_SLOTS, DECODE, ("up",) if few else ("up", "down", "reduce")),
         (QWEN3_30B_IN_SLOTS, PREFILL, ("up",)),
