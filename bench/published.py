@@ -166,13 +166,13 @@ class Row:
     seconds: float
 
 
-def row(cell: Cell, graph: TaskGraph, machine: Machine) -> Row:
-    """Predict a cell's own policy and ``auto``."""
+def row(cell: Cell, graph: TaskGraph, machine: Machine, auto: bool) -> Row:
+    """Predict a cell's own policy and, if wanted, ``auto``."""
     workload = _workload(cell, graph, machine)
     budget = {name: machine.tiers[name] for name in ("hbm", "ram")}
     begin = time.perf_counter()
     own = _own(cell, graph, machine, budget, workload)
-    best = _planned(graph, machine, budget, workload, "auto")
+    best = _planned(graph, machine, budget, workload, "auto") if auto else None
     return Row(
         cell,
         _rate(own, graph, cell) if own else None,
@@ -266,11 +266,10 @@ def _rate(plan: Plan, graph: TaskGraph, cell: Cell) -> float:
 
 def table(rows: list[Row]) -> str:
     """The rows in Markdown, and the median ratio."""
-    lines = [
-        "| model | machine | prompt+new | system | policy | published | predicted | ratio | auto "
-        "| by |",
-        "|" + "---|" * 10,
-    ]
+    with_auto = any(r.auto for r in rows)
+    titles = ["model", "machine", "prompt+new", "system", "policy", "published", "predicted"]
+    titles += ["ratio", "auto", "by"] if with_auto else ["ratio"]
+    lines = [f"| {' | '.join(titles)} |", "|" + "---|" * len(titles)]
     ratios: list[float] = []
     given: list[float] = []
     for r in rows:
@@ -278,11 +277,12 @@ def table(rows: list[Row]) -> str:
         ratio = r.predicted / c.published if r.predicted else None
         ratios += [ratio] if ratio else []
         given += [ratio] if ratio and (c.batch or c.printed) else []
-        figures = [f"{c.published:g}", _text(r.predicted), _text(ratio), _text(r.auto)]
+        figures = [f"{c.published:g}", _text(r.predicted), _text(ratio)]
+        figures += [_text(r.auto), r.auto_policy] if with_auto else []
         batch = f" in {c.batch[1]} x {c.batch[0]}" if c.batch else ""
         batch = f" in {_prompts(c)}" if c.printed else batch
         head = [c.model, c.machine, f"{c.prompt}+{c.new}{batch} ({c.counts})", c.system, c.policy]
-        lines.append("| " + " | ".join([*head, *figures, r.auto_policy]) + " |")
+        lines.append("| " + " | ".join([*head, *figures]) + " |")
     if ratios:
         off = statistics.median(abs(r - 1) for r in ratios)
         lines.append(
@@ -315,6 +315,7 @@ def main() -> int:
     """Print the table and write every figure."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--own", action="store_true", help="leave auto out: a minute, not ten")
     parser.add_argument("--models", default="", help="only these, by comma")
     options = parser.parse_args()
     rows: list[Row] = []
@@ -323,7 +324,7 @@ def main() -> int:
         if options.models and cell.model not in options.models.split(","):
             continue
         graph = graphs.setdefault(cell.model, captured(cell.model))
-        rows.append(row(cell, graph, load_machine(cell.machine)))
+        rows.append(row(cell, graph, load_machine(cell.machine), not options.own))
         print(
             f"{cell.model} {cell.machine} {cell.system} {rows[-1].seconds:.1f} s", file=sys.stderr
         )

@@ -88,6 +88,16 @@ def test_the_smallest_budget_works_and_one_byte_less_is_refused() -> None:
         choose(graph, MACHINE, {"ram": least - 1}, WORKLOAD)
 
 
+def test_a_search_near_another_plans_candidates_begins_and_stays_with_them() -> None:
+    graph = captured("olmoe")
+    budget = {"ram": 2 * smallest_budget(graph, MACHINE, WORKLOAD)}
+    whole = choose(graph, MACHINE, budget, WORKLOAD)
+    best = min((c for c in whole.candidates if c.seconds), key=lambda c: c.seconds or 0.0)
+    near = choose(graph, MACHINE, budget, WORKLOAD, near=[best])
+    assert {c.policy for c in near.candidates} == {best.policy}
+    assert near.prediction.seconds <= whole.prediction.seconds * (1 + 1e-9)
+
+
 def test_choose_refuses_an_unknown_policy() -> None:
     with pytest.raises(InputError, match="'best' is not known; choose one of auto, eager"):
         choose(captured("olmoe"), MACHINE, {"ram": 1 << 30}, WORKLOAD, "best")
