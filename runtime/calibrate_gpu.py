@@ -51,7 +51,7 @@ def _best(call: Callable[[], object], calls: int) -> float:
     """Seconds of one call, of ``calls`` that are queued together."""
     cuda: Any = torch.cuda
     call()
-    times = []
+    times: list[float] = []
     for _ in range(ROUNDS):
         begin, end = (cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
@@ -90,7 +90,7 @@ def _bandwidth(device: torch.device) -> float:
     nbytes = int(min(STREAM, torch.cuda.mem_get_info(device)[0] // 4))
     source = torch.empty(nbytes, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return 2 * nbytes / _best(lambda: target.copy_(source), 4)
+    return float(2 * nbytes / _best(lambda: target.copy_(source), 4))
 
 
 def _op_seconds(device: torch.device) -> float:

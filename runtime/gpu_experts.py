@@ -57,7 +57,10 @@ class Routing:
 
 
 class Experts(Protocol):
-    """Adds what some experts make of the tokens that chose them to ``sums`` [tokens, hidden]."""
+    """Adds what some experts make of the tokens that chose them to ``sums`` [tokens, hidden];
+    ``nbytes`` of hbm are its own buffers."""
+
+    nbytes: int
 
     def run(
         self,
@@ -75,6 +78,8 @@ class Experts(Protocol):
 
 class TorchExperts:
     """One expert after the other, at most ``rows`` of its tokens at a time."""
+
+    nbytes = 0
 
     def __init__(self, rows: int) -> None:
         self._rows = rows

@@ -61,7 +61,9 @@ class GpuRuntime:
     def start(self) -> None:
         """Set all memory aside and load what stays resident. Raises BudgetError."""
         budgets = self.memory.budgets
-        budgets["hbm"].reserve(self._activations, "activations")
+        kernels = self._expert_runner.nbytes if self._expert_runner is not None else 0
+        budgets["hbm"].reserve(kernels, "kernels")  # their buffers are activations too
+        budgets["hbm"].reserve(max(0, self._activations - kernels), "activations")
         self._work.start(self.memory, self._source, self._expert_runner)
         program, functions = self._first[0]
         self._executor = GpuExecutor(program, self.device, functions, budgets)

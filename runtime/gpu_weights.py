@@ -197,7 +197,11 @@ def _asked(key: Key) -> tuple[str, int, range]:
 
 
 def _units(graph: TaskGraph, settings: GpuSettings, tier: str) -> Iterable[Key]:
-    """What a tier holds for the whole run."""
+    """What a tier holds for the whole run; experts first, none of them behind an odd size."""
+    for layer, experts in enumerate(settings.experts):
+        if experts is not None:
+            for expert in experts.hbm if tier == "hbm" else experts.ram:
+                yield "experts", layer, expert
     if settings.embed == tier and embed_weights(graph):
         yield "embed", -1, -1
     if settings.head == tier:
@@ -205,10 +209,6 @@ def _units(graph: TaskGraph, settings: GpuSettings, tier: str) -> Iterable[Key]:
     for layer, place in enumerate(settings.dense):
         if place == tier:
             yield "dense", layer, -1
-        experts = settings.experts[layer]
-        if experts is not None:
-            for expert in experts.hbm if tier == "hbm" else experts.ram:
-                yield "experts", layer, expert
 
 
 def _tensors(graph: TaskGraph, kind: str, layer: int) -> Iterable[tuple[str, tuple[int, ...], str]]:

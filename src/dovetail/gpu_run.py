@@ -108,7 +108,6 @@ class GpuExecution:
         stop_tokens: Sequence[int],
         folder: Path,
         target: str = "cuda",
-        experts: Experts | None = None,
     ) -> None:
         self.plan, self.layout = plan, apply_moves(captured.graph, plan.moves)
         if self.layout.device is None:
@@ -121,11 +120,8 @@ class GpuExecution:
         self.programs = GpuPrograms(
             self.layout, costs, plan.workload, plan.budget, plan_title(plan), folder
         )
-        if target == "cuda" and experts is None:
-            from dovetail.kernels.run_experts import plan_experts
-
-            experts = plan_experts(plan, self.layout, folder, _note)
         make: MakeDevice = CudaDevice if target == "cuda" else HostDevice
+        experts = self._kernels(folder / "kernels") if target == "cuda" else None
         self._generator = gpu_generation(
             self.programs, self.layout, captured, index, make, sampling, stop_tokens, experts
         )
@@ -133,6 +129,13 @@ class GpuExecution:
         self.steps_run: list[Step] = []
         self.peaks: dict[str, int] = {}
         self._begin, self._baseline = 0.0, 0
+
+    def _kernels(self, folder: Path) -> Experts | None:
+        """The plan's kernels for experts, their buffers within what it leaves to activations; None,
+        with a note why, where it has none."""
+        from dovetail.kernels.run_experts import plan_experts
+
+        return plan_experts(self.plan, self.layout, folder, _note)
 
     def __enter__(self) -> Self:
         memory.reset_peak_rss()
