@@ -21,7 +21,7 @@ from dovetail.passes.chosen import Chosen
 from dovetail.passes.gpu.bound import gpu_bound
 from dovetail.passes.gpu.cost import GpuCosts
 from dovetail.passes.gpu.memory import HBM_SHARE, RAM_SHARE, tier_bytes
-from dovetail.passes.gpu.overlap import overlap
+from dovetail.passes.gpu.overlap import QUICK, WORK, overlap
 from dovetail.passes.gpu.place import place
 from dovetail.passes.gpu.predict import GpuPredictor
 from dovetail.passes.gpu.residency import Residency, inside, leaner, residency, shortage
@@ -149,18 +149,23 @@ class _Search:
         """The best of all with the solvers' places and order, and what is proved: the simulated
         best, and then the integer program's answers while one may still be better."""
         tied = _tied(choices)
-        made = [self._scheduled(choice) for choice in tied.values()]
-        inner = [choice.prediction.seconds for choice, _ in made if inside(choice.knobs)]
-        best, certificates = min(made, key=lambda pair: pair[0].prediction.seconds)
+        made = [(*self._scheduled(choice, QUICK), choice) for choice in tied.values()]
+        inner = [choice.prediction.seconds for choice, _, _ in made if inside(choice.knobs)]
+        best, certificates, plain = min(made, key=lambda found: found[0].prediction.seconds)
         for knobs, floor in zip(self._solved.knobs, self._solved.floors, strict=True):
             least = min(inner, default=math.inf)
             if _key(knobs) in tied or floor >= min(least, best.prediction.seconds) * (1 - ENOUGH):
                 continue
             choice = next(c for c in choices if c.knobs == knobs)
-            choice, proved = self._scheduled(choice)
-            inner.append(choice.prediction.seconds)
-            if choice.prediction.seconds < best.prediction.seconds:
-                best, certificates = choice, proved
+            scheduled, proved = self._scheduled(choice, QUICK)
+            inner.append(scheduled.prediction.seconds)
+            if scheduled.prediction.seconds < best.prediction.seconds:
+                best, certificates, plain = scheduled, proved, choice
+        # Only the schedule that is taken is worth all of the solver's work.
+        scheduled, proved = self._scheduled(plain, WORK)
+        if scheduled.prediction.seconds <= best.prediction.seconds:
+            best, certificates = scheduled, proved
+        inner += [best.prediction.seconds] if inside(best.knobs) else []
         inner += [c.prediction.seconds for c in choices if inside(c.knobs)]
         return best, (*self._proved(min(inner, default=None)), *certificates)
 
@@ -172,9 +177,9 @@ class _Search:
             _LOG.warning("%s; the plan stands, without proof of its batch sizes", error)
             return ()
 
-    def _scheduled(self, choice: Chosen) -> tuple[Chosen, tuple[Certificate, ...]]:
+    def _scheduled(self, choice: Chosen, work: float) -> tuple[Chosen, tuple[Certificate, ...]]:
         choice, placed = self.placed(choice)
-        choice, overlapped = self.overlapped(choice)
+        choice, overlapped = self.overlapped(choice, work)
         return choice, (*placed, *overlapped)
 
     def placed(self, choice: Chosen) -> tuple[Chosen, tuple[Certificate, ...]]:
@@ -190,12 +195,12 @@ class _Search:
         layout = apply_moves(self._setting.graph, choice.moves)
         return choice, (found.certificate(layout),)
 
-    def overlapped(self, choice: Chosen) -> tuple[Chosen, tuple[Certificate, ...]]:
+    def overlapped(self, choice: Chosen, work: float) -> tuple[Chosen, tuple[Certificate, ...]]:
         """The choice with the overlap solver's pipelines where they make it faster, and what is
-        proved about every loop body."""
+        proved about every loop body with so much ``work``."""
         graph, workload = self._setting.graph, self._setting.workload
         predictor = GpuPredictor(apply_moves(graph, choice.moves), self._costs)
-        found = overlap(predictor, workload)
+        found = overlap(predictor, workload, work)
         moves = (*choice.moves, *found.moves)
         prediction = GpuPredictor(apply_moves(graph, moves), self._costs).predict(workload)
         if prediction.seconds < choice.prediction.seconds:

@@ -21,8 +21,9 @@ from dovetail.solvers.loop_bounds import lowest_period
 from dovetail.solvers.loop_problem import Hold, LoopProblem, ModuloSchedule, Op
 from dovetail.solvers.retime import retime
 
-WORK = 0.6
-"""Deterministic work of the solver for one loop body; about as many seconds."""
+WORK, QUICK = 0.6, 0.01
+"""Deterministic work of the solver for one loop body, a unit of which takes a few seconds: for a
+plan, and to compare schedules, for which its list schedules and the policy's own order do."""
 ENOUGH = 0.015
 """Share by which a shorter period would not be worth looking for."""
 RESOLUTION = 1500
@@ -40,23 +41,24 @@ class Overlapped:
     certificates: tuple[Certificate, ...]
 
 
-def overlap(predictor: GpuPredictor, workload: Workload) -> Overlapped:
-    """Pipeline moves for the steps of a workload, one kind of step and layer after the other."""
+def overlap(predictor: GpuPredictor, workload: Workload, work: float = WORK) -> Overlapped:
+    """Pipeline moves for the steps of a workload, one kind of step and layer after the other, with
+    so much of the solver's ``work`` for each."""
     moves: list[Move] = []
     certificates: list[Certificate] = []
-    for work, (layer, _) in product(predictor.longest(workload), predictor.kinds):
-        loop = predictor.loop(work, layer)
+    for step, (layer, _) in product(predictor.longest(workload), predictor.kinds):
+        loop = predictor.loop(step, layer)
         before = pace(loop).period
         low = lowest_period(loop.problem) * TICK
         best, bound, order = before, low, loop.order
         # What needs no solver may prove that the policy's own order is best.
         if before > low * (1 + ENOUGH):
-            best, solved, order = _solved(loop, before)
+            best, solved, order = _solved(loop, before, work)
             bound = max(low, solved)
-        moves += _moves(work, layer, loop, order)
+        moves += _moves(step, layer, loop, order)
         certificates.append(
             Certificate(
-                name=f"{work.kind} layer {layer}: period",
+                name=f"{step.kind} layer {layer}: period",
                 objective=best,
                 bound=bound,
                 status="optimal" if best <= bound * 1.001 else "feasible",
@@ -65,12 +67,12 @@ def overlap(predictor: GpuPredictor, workload: Workload) -> Overlapped:
     return Overlapped(tuple(moves), tuple(certificates))
 
 
-def _solved(loop: Loop, before: float) -> tuple[float, float, Order]:
+def _solved(loop: Loop, before: float, work: float) -> tuple[float, float, Order]:
     """The solver's period in seconds, or ``before`` where its order is no better, what it proved,
     and the order."""
     problem, order = loop.problem, tuple(loop.order.items())
     pools = tuple(problem.pools.items())
-    found, bound, items = _searched(problem.ops, problem.holds, pools, problem.chains, order)
+    found, bound, items = _searched(problem.ops, problem.holds, pools, problem.chains, order, work)
     if found < before * (1 - 1e-6):
         return found, bound, dict(items)
     return before, bound, loop.order
@@ -83,6 +85,7 @@ def _searched(
     pools: tuple[tuple[str, int], ...],
     chains: tuple[tuple[str, ...], ...],
     order: Items,
+    work: float,
 ) -> tuple[float, float, Items]:
     """The period of the solver's order, its bound, and that order. Schedules that differ in other
     steps have many a body in common, which is solved once."""
@@ -92,7 +95,7 @@ def _searched(
     coarse = _coarser(loop.problem, grain)
     starts = {name: start // grain for name, start in own.starts.items()}
     begin = retime(coarse, ModuloSchedule(max(1, own.period // grain), starts))
-    solved = modulo_schedule.solve(coarse, work=WORK, start=begin, enough=ENOUGH)
+    solved = modulo_schedule.solve(coarse, work=work, start=begin, enough=ENOUGH)
     # The solver saw durations rounded down, so that its bound holds for the exact ones.
     bound = (solved.bound or 0) * grain * TICK
     if solved.status == "infeasible":
