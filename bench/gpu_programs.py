@@ -37,8 +37,8 @@ from dovetail.passes.gpu.memory import HBM_SHARE, RAM_SHARE
 from dovetail.passes.gpu.predict import GpuPredictor
 from dovetail.passes.loop.work import StepWork
 from dovetail.passes.policies.gpu import GPU_POLICIES, GpuSetting, moves, starts
-from dovetail.runtime.fake_device import FakeDevice
-from dovetail.runtime.gpu_executor import GpuExecutor
+from dovetail.runtime.gpu.executor import GpuExecutor
+from dovetail.runtime.gpu.fake_device import FakeDevice
 
 MODELS = ("Mixtral-8x7B", "Mixtral-8x22B", "Qwen3-30B-A3B", "DeepSeek-V2")
 MACHINES = ("rtx4090-64gb", "l4-192gb", "h100-1tb", "8xh100")

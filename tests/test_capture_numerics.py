@@ -184,7 +184,8 @@ class Interpreter:
             assert layer is not None and task.kv is not None
             return self._kv_update(layer, *args)
         if op.target == "dovetail.attention" and "latent" in op.kwargs:
-            args[1:3] = self._expanded(*args[:3], self._arg(op.kwargs["latent"], env))
+            q, latents, rotary = args[:3]
+            args[1:3] = self._expanded(q, latents, rotary, self._arg(op.kwargs["latent"], env))
         if op.target == "dovetail.attention":
             return [self._attention(*args)]
         if op.target == "dovetail.experts":
@@ -223,7 +224,8 @@ class Interpreter:
     def _expanded(self, q: Tensor, latents: Tensor, rotary: Tensor, w: Tensor) -> list[Tensor]:
         """Keys and values of every head from latents."""
         heads, own = q.shape[1], q.shape[-1] - rotary.shape[-1]
-        whole = (latents[:, 0] @ w.T).unflatten(-1, (heads, -1)).transpose(1, 2)
+        flat = latents[:, 0] @ w.T
+        whole = flat.view(*flat.shape[:-1], heads, -1).transpose(1, 2)
         keys = torch.cat([whole[..., :own], rotary.expand(-1, heads, -1, -1)], -1)
         return [keys, whole[..., own:]]
 

@@ -32,9 +32,9 @@ from dovetail.passes.gpu.predict import GpuPredictor
 from dovetail.passes.loop.work import StepWork
 from dovetail.passes.policies.common import Knobs
 from dovetail.passes.policies.gpu import GPU_POLICIES, GpuSetting, moves, starts
-from dovetail.runtime.fake_device import FakeDevice
-from dovetail.runtime.gpu_device import Buffer, CudaDevice, Event, Launch
-from dovetail.runtime.gpu_executor import GpuExecutor
+from dovetail.runtime.gpu.device import Buffer, CudaDevice, Event, Launch
+from dovetail.runtime.gpu.executor import GpuExecutor
+from dovetail.runtime.gpu.fake_device import FakeDevice
 
 CONFIGS = Path(__file__).parents[1] / "bench" / "configs"
 SIZES = ((0.3, 3.0, 30), (0.3, 0.5, 30), (1.5, 3.0, 100))

@@ -12,7 +12,9 @@ from dovetail.codegen.gate.compile import triton_version
 from dovetail.codegen.kernels.arch import ARCHS
 from dovetail.codegen.kernels.choose import choose_layer
 from dovetail.ir.errors import InputError, PlanError
+from dovetail.ir.kernel_layer import LayerSpec
 from dovetail.ir.kernel_parts import Activation, Weights
+from dovetail.ir.kernel_spec import RouteSpec
 from dovetail.kernels.files import MANIFEST, check_kernels, write_kernels
 from dovetail.kernels.layers import layer_of_config
 
@@ -32,19 +34,25 @@ def config(name: str) -> dict[str, object]:
     return data
 
 
+def route_of(layer: LayerSpec) -> RouteSpec:
+    """The layer's routing, which must be known."""
+    assert layer.route is not None
+    return layer.route
+
+
 def test_a_config_says_what_its_layer_is() -> None:
     layer = layer_of_config(config("DeepSeek-V3"))
     assert (layer.experts, layer.hidden, layer.inter, layer.shared) == (256, 7168, 2048, 2048)
-    route = layer.route
+    route = route_of(layer)
     assert (route.score, route.bias, route.groups, route.top_groups) == ("sigmoid", True, 8, 4)
     assert (route.group_score, route.renormalise, route.scale) == ("top2", True, 2.5)
-    assert layer_of_config(config("Mixtral-8x7B")).route.renormalise
-    assert not layer_of_config(config("OLMoE-1B-7B")).route.renormalise
-    v2 = layer_of_config(config("DeepSeek-V2")).route
+    assert route_of(layer_of_config(config("Mixtral-8x7B"))).renormalise
+    assert not route_of(layer_of_config(config("OLMoE-1B-7B"))).renormalise
+    v2 = route_of(layer_of_config(config("DeepSeek-V2")))
     assert (v2.groups, v2.top_groups, v2.group_score, v2.scale) == (8, 3, "max", 16.0)
     oss = layer_of_config(GPT_OSS)
     assert oss.activation == Activation("clamped", "interleaved") and oss.bias
-    assert (oss.up.order, oss.route.renormalise) == ("kn", True)
+    assert (oss.up.order, route_of(oss).renormalise) == ("kn", True)
 
 
 @pytest.mark.parametrize(

@@ -27,12 +27,12 @@ from dovetail.ir.errors import InputError
 from dovetail.ir.kernel_layer import LayerSpec
 from dovetail.ir.task_graph import Experts as ExpertSpec
 from dovetail.ir.task_graph import ExpertTensor
+from dovetail.kernels.experts import KernelExperts, Ladder, plan_experts
 from dovetail.kernels.planned import with_kernels
-from dovetail.kernels.run_experts import KernelExperts, Ladder, plan_experts
 from dovetail.passes.apply_moves import apply_moves
 from dovetail.passes.choose import choose
-from dovetail.runtime.gpu_experts import Routing, TorchExperts
-from dovetail.runtime.gpu_weights import Packed
+from dovetail.runtime.gpu.experts import Routing, TorchExperts
+from dovetail.runtime.gpu.weights import Packed
 
 LAYER = dataclasses.replace(LAYERS["slots, gate and up apart"], x="fp32")
 EXPERT_BYTES = 3 * 96 * 64 * 4

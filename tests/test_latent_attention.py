@@ -12,7 +12,7 @@ from dovetail.ir.expr import evaluate
 from dovetail.ir.task_graph import Body, Op, Ref
 from dovetail.passes.op_cost import op_costs
 from dovetail.runtime.attention import attention
-from dovetail.runtime.gpu_attention import gpu_attention
+from dovetail.runtime.gpu.attention import gpu_attention
 from dovetail.runtime.linear import TiledLinear
 
 HEADS, OWN, SHARED, INNER, VALUE = 4, 16, 8, 24, 12

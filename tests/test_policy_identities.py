@@ -251,6 +251,7 @@ def test_a_barrier_with_one_batch_has_two_stages() -> None:
 def test_a_groups_sequences_are_dealt_out_to_the_gpus(gpus: int) -> None:
     """``rows`` are those of a group on all GPUs together: so many groups follow each other, and a
     GPU computes, holds and copies its share of each."""
+    assert EVEN.accelerator is not None
     machine = replace(EVEN, accelerator=replace(EVEN.accelerator, count=gpus))
     costs = GpuCosts(machine, "float32")
     layout = gpu_layout({"seqs": 12, "rows": 6, "kv_hbm": 0, "chunk": 1}, share=0.3)

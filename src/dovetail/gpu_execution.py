@@ -22,10 +22,10 @@ from dovetail.passes.gpu.memory import tier_bytes
 from dovetail.passes.gpu.predict import GpuPredictor
 from dovetail.passes.gpu.settings import gpu_settings, step_work
 from dovetail.runtime.generate import Choose, Generation
-from dovetail.runtime.gpu_device import ComputeDevice
-from dovetail.runtime.gpu_experts import Experts
-from dovetail.runtime.gpu_runtime import Emitted, GpuRuntime
-from dovetail.runtime.gpu_work import GpuWork
+from dovetail.runtime.gpu.device import ComputeDevice
+from dovetail.runtime.gpu.experts import Experts
+from dovetail.runtime.gpu.runtime import Emitted, GpuRuntime
+from dovetail.runtime.gpu.work import GpuWork
 from dovetail.runtime.memory_weights import MemoryWeights
 from dovetail.runtime.safetensors_index import CheckpointIndex
 from dovetail.runtime.sampling import Sampling

@@ -30,9 +30,9 @@ from dovetail.planning import find_machine
 from dovetail.report import Report
 from dovetail.runtime import memory
 from dovetail.runtime.generate import Observer, StepReport
-from dovetail.runtime.gpu_device import CudaDevice, require_gpu
-from dovetail.runtime.gpu_experts import Experts
-from dovetail.runtime.host_device import HostDevice
+from dovetail.runtime.gpu.device import CudaDevice, require_gpu
+from dovetail.runtime.gpu.experts import Experts
+from dovetail.runtime.gpu.host_device import HostDevice
 from dovetail.runtime.memory_weights import MemoryWeights
 from dovetail.runtime.safetensors_index import CheckpointIndex
 from dovetail.runtime.sampling import Sampling
@@ -82,7 +82,7 @@ def gpu_place(
 
 def with_gpu(machine: Machine) -> Machine:
     """This machine with the GPU that torch finds in it, measured. Raises ModelError without."""
-    from dovetail.runtime.calibrate_gpu import calibrate_gpu
+    from dovetail.runtime.gpu.calibrate import calibrate_gpu
 
     gpu, nbytes = calibrate_gpu()
     return replace(machine, tiers={**machine.tiers, "hbm": nbytes}, accelerator=gpu)
@@ -133,7 +133,7 @@ class GpuExecution:
     def _kernels(self, folder: Path) -> Experts | None:
         """The plan's kernels for experts, their buffers within what it leaves to activations; None,
         with a note why, where it has none."""
-        from dovetail.kernels.run_experts import plan_experts
+        from dovetail.kernels.experts import plan_experts
 
         return plan_experts(self.plan, self.layout, folder, _note)
 

@@ -23,10 +23,10 @@ from dovetail.codegen.kernels.of_experts import layer_of_experts
 from dovetail.gpu_execution import GpuPrograms, gpu_generation
 from dovetail.ir.batching import Request
 from dovetail.ir.placement import experts_of
-from dovetail.kernels.run_experts import KernelExperts, Ladder
+from dovetail.kernels.experts import KernelExperts, Ladder
 from dovetail.passes.apply_moves import Layout
 from dovetail.passes.gpu.cost import GpuCosts
-from dovetail.runtime.host_device import HostDevice
+from dovetail.runtime.gpu.host_device import HostDevice
 
 # Few prompts, of five tokens and of one: the interpreter takes milliseconds for every program.
 CASES = {

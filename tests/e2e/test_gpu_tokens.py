@@ -25,8 +25,8 @@ from dovetail.passes.gpu.cost import GpuCosts
 from dovetail.passes.gpu.memory import tier_bytes
 from dovetail.passes.policies.gpu import GPU_POLICIES, GpuSetting, moves
 from dovetail.runtime.generate import Generation
-from dovetail.runtime.gpu_runtime import GpuRuntime
-from dovetail.runtime.host_device import HostDevice
+from dovetail.runtime.gpu.host_device import HostDevice
+from dovetail.runtime.gpu.runtime import GpuRuntime
 
 FAMILIES = ("olmoe", "mixtral", "qwen3_moe", "deepseek_v3")
 NEW = 4

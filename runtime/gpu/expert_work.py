@@ -16,11 +16,11 @@ from dovetail.ir.gpu_tasks import GpuTask, gpu_task
 from dovetail.ir.placement import experts_of
 from dovetail.ir.task_graph import Experts as ExpertSpec
 from dovetail.ir.task_graph import TaskGraph
-from dovetail.runtime.gpu_device import Launch
-from dovetail.runtime.gpu_experts import Experts, GpuTokens, Routing, TorchExperts, tokens_nbytes
-from dovetail.runtime.gpu_groups import GroupState
-from dovetail.runtime.gpu_memory import GpuMemory
-from dovetail.runtime.gpu_weights import GpuWeights, Key
+from dovetail.runtime.gpu.device import Launch
+from dovetail.runtime.gpu.experts import Experts, GpuTokens, Routing, TorchExperts, tokens_nbytes
+from dovetail.runtime.gpu.groups import GroupState
+from dovetail.runtime.gpu.memory import GpuMemory
+from dovetail.runtime.gpu.weights import GpuWeights, Key
 from dovetail.runtime.pools import torch_dtype
 from dovetail.runtime.weight_store import Tensors
 

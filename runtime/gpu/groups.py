@@ -8,8 +8,8 @@ from torch import Tensor
 
 from dovetail.ir.batching import Group, Member
 from dovetail.ir.gpu_settings import GpuGroup, GpuSettings
-from dovetail.runtime.gpu_device import ComputeDevice
-from dovetail.runtime.gpu_kv import SentKv, TierKv, moved, packed
+from dovetail.runtime.gpu.device import ComputeDevice
+from dovetail.runtime.gpu.kv import SentKv, TierKv, moved, packed
 from dovetail.runtime.kv_store import KvGroup
 
 Values = dict[str, Tensor]

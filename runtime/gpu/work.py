@@ -16,12 +16,12 @@ from dovetail.ir.gpu_settings import GpuGroup, GpuSettings
 from dovetail.ir.gpu_tasks import GpuTask, gpu_task
 from dovetail.ir.task_graph import TaskGraph
 from dovetail.runtime.attention import attention
-from dovetail.runtime.gpu_attention import gpu_attention
-from dovetail.runtime.gpu_device import Buffer, ComputeDevice, Launch
-from dovetail.runtime.gpu_expert_work import ExpertWork
-from dovetail.runtime.gpu_experts import Experts
-from dovetail.runtime.gpu_groups import HOST, GroupState, GroupStates
-from dovetail.runtime.gpu_kv import (
+from dovetail.runtime.gpu.attention import gpu_attention
+from dovetail.runtime.gpu.device import Buffer, ComputeDevice, Launch
+from dovetail.runtime.gpu.expert_work import ExpertWork
+from dovetail.runtime.gpu.experts import Experts
+from dovetail.runtime.gpu.groups import HOST, GroupState, GroupStates
+from dovetail.runtime.gpu.kv import (
     OneLayerKv,
     SentKv,
     TierKv,
@@ -29,8 +29,8 @@ from dovetail.runtime.gpu_kv import (
     kv_nbytes,
     send_kv,
 )
-from dovetail.runtime.gpu_memory import GpuMemory
-from dovetail.runtime.gpu_weights import GpuWeights, Key
+from dovetail.runtime.gpu.memory import GpuMemory
+from dovetail.runtime.gpu.weights import GpuWeights, Key
 from dovetail.runtime.memory_weights import MemoryWeights
 from dovetail.runtime.recorder import Recorder, clock
 from dovetail.runtime.safetensors_index import CheckpointIndex

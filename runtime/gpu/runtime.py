@@ -10,11 +10,11 @@ from dovetail.ir.batching import Step
 from dovetail.ir.gpu_program import GpuProgram
 from dovetail.ir.gpu_settings import GpuGroup, GpuSettings, gpu_groups
 from dovetail.ir.task_graph import TaskGraph
-from dovetail.runtime.gpu_device import ComputeDevice
-from dovetail.runtime.gpu_executor import GpuExecutor
-from dovetail.runtime.gpu_experts import Experts
-from dovetail.runtime.gpu_memory import GpuMemory
-from dovetail.runtime.gpu_work import Choose, GpuWork
+from dovetail.runtime.gpu.device import ComputeDevice
+from dovetail.runtime.gpu.executor import GpuExecutor
+from dovetail.runtime.gpu.experts import Experts
+from dovetail.runtime.gpu.memory import GpuMemory
+from dovetail.runtime.gpu.work import Choose, GpuWork
 from dovetail.runtime.memory_weights import MemoryWeights
 from dovetail.runtime.recorder import clock
 from dovetail.runtime.safetensors_index import CheckpointIndex

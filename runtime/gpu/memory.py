@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from dovetail.runtime.gpu_device import ComputeDevice
+from dovetail.runtime.gpu.device import ComputeDevice
 from dovetail.runtime.pools import TierBudget
 
 

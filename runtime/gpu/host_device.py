@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dovetail.ir.gpu_program import HOST_ENGINES
-from dovetail.runtime.gpu_device import Buffer, Event, Launch
+from dovetail.runtime.gpu.device import Buffer, Event, Launch
 
 NAN_BYTE = 0xFF
 """Bytes that make NaN of every floating-point type."""

@@ -17,7 +17,7 @@ from dovetail.ir.gpu_settings import GpuSettings
 from dovetail.ir.placement import dense_weights, embed_weights, experts_of, head_weights
 from dovetail.ir.task_graph import TaskGraph
 from dovetail.runtime.direct_io import ALIGNMENT, Reader
-from dovetail.runtime.gpu_memory import GpuMemory
+from dovetail.runtime.gpu.memory import GpuMemory
 from dovetail.runtime.memory_weights import MemoryWeights
 from dovetail.runtime.pools import torch_dtype
 from dovetail.runtime.safetensors_index import CheckpointIndex

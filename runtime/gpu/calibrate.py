@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from dovetail.ir.machine import Accelerator, Curve
-from dovetail.runtime.gpu_device import require_gpu
+from dovetail.runtime.gpu.device import require_gpu
 
 ROUNDS = 5
 WIDTH = 4096

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from dovetail.ir.errors import VerifyError
-from dovetail.runtime.gpu_device import Buffer, Event, Launch
+from dovetail.runtime.gpu.device import Buffer, Event, Launch
 
 Access = tuple[str, int, str]
 """Engine, number of the launch on it, and what it was."""

@@ -12,7 +12,7 @@ from typing import Any
 
 from dovetail.ir.errors import VerifyError
 from dovetail.ir.gpu_program import GpuProgram, Instance, instance_text
-from dovetail.runtime.gpu_device import Buffer, Device, Event, Launch
+from dovetail.runtime.gpu.device import Buffer, Device, Event, Launch
 from dovetail.runtime.pools import TierBudget
 
 

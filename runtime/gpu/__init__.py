@@ -1,0 +1,1 @@
+"""Executors of GPU programs: devices, memory, and the work behind every operation."""
