@@ -292,7 +292,7 @@ def table(rows: list[Row]) -> str:
     if given:
         off = statistics.median(abs(r - 1) for r in given)
         lines.append(
-            f"where the source prints its batch sizes: median {statistics.median(given):.2f} over "
+            f"where batch sizes are known: median {statistics.median(given):.2f} over "
             f"{len(given)} cells; median distance from 1: {off:.0%}"
         )
     return "\n".join(lines)
