@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dovetail.runtime.gpu.kv import SteadyKv
 from dovetail.runtime.kv_store import KvGroup, KvHandle
 from dovetail.runtime.latent_attention import Expand, latent_attention
 
@@ -45,7 +46,7 @@ def gpu_attention(
     for first, last, k, v in _pieces(keys, values, q.shape[0]):
         rows = slice(first, last)
         shape = q_len, k.shape[2], window, chunk
-        make = partial(_mask, kv_group.held[rows], *shape, q.device)
+        make = partial(_mask, _started(kv_group, rows, q.device), *shape, q.device)
         mask = kv_group.memo(("mask", first, last, *shape), make)
         parts.append(_attend(q[rows], k, v, sinks, scale, mask))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -64,12 +65,18 @@ def _pieces(
         yield run.first, run.last, k, v
 
 
+def _started(kv_group: KvGroup, rows: slice, device: torch.device) -> Tensor:
+    """How many tokens each row holds, ``[rows]``."""
+    if isinstance(kv_group, SteadyKv):
+        return kv_group.started[rows]
+    return torch.tensor(kv_group.held[rows], device=device)
+
+
 def _mask(
-    held: tuple[int, ...], q_len: int, kv_len: int, window: int, chunk: int, device: torch.device
+    started: Tensor, q_len: int, kv_len: int, window: int, chunk: int, device: torch.device
 ) -> Tensor:
     """Which keys each query sees, ``[rows, 1, q_len, kv_len]``."""
-    starts = torch.tensor(held, device=device)[:, None, None]
-    query = starts + torch.arange(q_len, device=device)[:, None]
+    query = started[:, None, None] + torch.arange(q_len, device=device)[:, None]
     key = torch.arange(kv_len, device=device)
     seen = key <= query
     if window:

@@ -67,6 +67,13 @@ class Device(Protocol):
         """Block until everything has ended."""
 
 
+class Graph(Protocol):
+    """Work that was captured: the same operations on the same memory, whenever it is replayed."""
+
+    def replay(self) -> None:
+        """Do it again, on the stream that works now, in one launch."""
+
+
 class ComputeDevice(Device, Protocol):
     """A device that does real work: memory as tensors."""
 
@@ -83,6 +90,11 @@ class ComputeDevice(Device, Protocol):
 
     def keep(self, tensor: "Tensor") -> None:
         """The tensor, made on another stream perhaps, is used by the stream that works now."""
+
+    def capture(self, run: Callable[[], None]) -> Graph:
+        """What ``run`` does on the device, to be replayed; it is called twice, and does the same
+        each time. Raises VerifyError or what torch raises for work that cannot be captured, such as
+        what waits for the device."""
 
     def close(self) -> None:
         """Let all memory go."""
@@ -118,6 +130,7 @@ class CudaDevice:
         self._torch, self._work = torch, work
         self._index = index
         self._streams: dict[str, Any] = {}
+        self._pool: Any = None
         self.memory: dict[str, Tensor] = {}
         self.compute = torch.device("cuda", index)
 
@@ -148,6 +161,24 @@ class CudaDevice:
         """Wait for all streams and let the memory go."""
         self.finish()
         self.memory.clear()
+
+    def capture(self, run: Callable[[], None]) -> Graph:
+        """A CUDA graph. As torch asks for, ``run`` warms up on a side stream before: what compiles,
+        or allocates for good, does so there. All graphs share one pool of memory, since they are
+        replayed one at a time, and what one leaves is read before the next."""
+        cuda = self._cuda
+        side = self._stream("graph")
+        side.wait_stream(cuda.current_stream(self._index))
+        with cuda.stream(side):
+            run()
+        side.synchronize()
+        if self._pool is None:
+            self._pool = cuda.graph_pool_handle()
+        graph = cuda.CUDAGraph()
+        with cuda.graph(graph, pool=self._pool, stream=side):
+            run()
+        made: Graph = graph
+        return made
 
     def launch(self, engine: str, launch: Launch) -> None:
         """Do the work: at once on the host, on the engine's stream otherwise."""

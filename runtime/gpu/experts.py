@@ -58,9 +58,11 @@ class Routing:
 
 class Experts(Protocol):
     """Adds what some experts make of the tokens that chose them to ``sums`` [tokens, hidden];
-    ``nbytes`` of hbm are its own buffers."""
+    ``nbytes`` of hbm are its own buffers; ``capturable`` where ``run`` never waits for the device
+    and does the same operations whoever chose whom."""
 
     nbytes: int
+    capturable: bool
 
     def run(
         self,
@@ -77,9 +79,10 @@ class Experts(Protocol):
 
 
 class TorchExperts:
-    """One expert after the other, at most ``rows`` of its tokens at a time."""
+    """One expert after the other, ``rows`` of its tokens at a time; the host reads their counts."""
 
     nbytes = 0
+    capturable = False
 
     def __init__(self, rows: int) -> None:
         self._rows = rows
@@ -127,7 +130,7 @@ class GpuTokens:
         self.x[start:stop] = x
         self.index[start:stop, : index.shape[1]] = index
         self.weight[start:stop, : weight.shape[1]] = weight
-        self.sums[start:stop] = 0
+        self.sums[start:stop].zero_()
 
     def routing(self, start: int, stop: int, spec: ExpertSpec) -> Routing:
         """The choices of these tokens."""

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from dovetail.ir.gpu_program import HOST_ENGINES
-from dovetail.runtime.gpu.device import Buffer, Event, Launch
+from dovetail.runtime.gpu.device import Buffer, Event, Graph, Launch
+from dovetail.runtime.gpu.host_graph import HostGraph
 
 NAN_BYTE = 0xFF
 """Bytes that make NaN of every floating-point type."""
@@ -88,6 +89,15 @@ class HostDevice:
         error, self._error = self._error, None
         if error is not None:
             raise error
+
+    def capture(self, run: Callable[[], None]) -> Graph:
+        """The tensor operations of the second ``run``, on the thread that calls. Raises VerifyError
+        for what a CUDA graph could not capture; see ``HostGraph``."""
+        run()
+        graph = HostGraph()
+        with graph:
+            run()
+        return graph
 
     def close(self) -> None:
         """End the threads and let the memory go."""

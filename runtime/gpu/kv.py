@@ -97,6 +97,37 @@ class SentKv(KvGroup):
         return super().update(layer, k, v, materialise=materialise)
 
 
+class SteadyKv(KvGroup):
+    """KV of rows that get a token in every step, ``width`` tokens of each seen as one view.
+
+    ``started [seqs]`` says how much each row holds, ``put`` changes it; a mask hides the rest.
+    """
+
+    def __init__(self, store: TierKv, group: Group, width: int, device: torch.device) -> None:
+        super().__init__(store, group, device)
+        self.runs = tuple(replace(run, kv_len=width) for run in self.runs)
+        self._width = width
+        self.started = torch.zeros(len(group.members), dtype=torch.int64, device=device)
+        self.put(group)
+
+    def put(self, group: Group) -> None:
+        """Be where this group's rows are now."""
+        assert self._slots is not None
+        held = torch.tensor([member.held for member in group.members])
+        offsets = torch.tensor([member.offset for member in group.members])
+        self.started.copy_(held)
+        self._slots.copy_(offsets + held)
+
+    def forget(self) -> None:
+        """Remember nothing of an earlier run: a graph has to make its masks itself."""
+        self._memo.clear()
+
+    def _gather(self, arena: Tensor) -> Tensor:
+        """Keys or values [seqs, heads, width, dim]: a view if the rows lie side by side."""
+        views = self._views(arena)
+        return views[0] if len(views) == 1 else torch.cat(views)
+
+
 def bring_kv(ram: TierKv, layer: int, home: Group, there: OneLayerKv) -> None:
     """Copy what a group's rows hold from ram into its buffer, row by row: each is contiguous."""
     stride = home.past + 1

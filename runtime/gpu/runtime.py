@@ -14,6 +14,7 @@ from dovetail.runtime.gpu.device import ComputeDevice
 from dovetail.runtime.gpu.executor import GpuExecutor
 from dovetail.runtime.gpu.experts import Experts
 from dovetail.runtime.gpu.memory import GpuMemory
+from dovetail.runtime.gpu.steady import SteadySteps
 from dovetail.runtime.gpu.work import Choose, GpuWork
 from dovetail.runtime.memory_weights import MemoryWeights
 from dovetail.runtime.recorder import clock
@@ -31,7 +32,8 @@ class GpuRuntime:
     ``first`` are programs whose buffers are set aside at the start, so that too small a budget is
     refused before anything runs; ``activations`` bytes of hbm are left to torch's allocator.
     ``segments`` is the namespace of the emitted segments; ``experts`` does the experts' products
-    on the device (torch's, one by one, without it).
+    on the device (torch's, one by one, without it). With ``graphs`` and experts that can be
+    captured, ``steady`` captures and replays the steps of which it takes.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class GpuRuntime:
         first: Sequence[Emitted],
         activations: int,
         experts: Experts | None = None,
+        graphs: bool = False,
     ) -> None:
         self.settings = settings
         self._source, self._programs, self._first = source, programs, list(first)
@@ -56,6 +59,8 @@ class GpuRuntime:
         self.memory = GpuMemory(self.device, first[0][0].capacity)
         self.recorder = self._work.recorder
         self._executor: GpuExecutor | None = None
+        self._graphs = graphs and experts is not None and experts.capturable
+        self.steady: SteadySteps | None = None
         self._stopped = False
 
     def start(self) -> None:
@@ -69,6 +74,8 @@ class GpuRuntime:
         self._executor = GpuExecutor(program, self.device, functions, budgets)
         for program, functions in self._first[1:]:
             self._executor.use(program, functions)
+        if self._graphs:
+            self.steady = SteadySteps(self._work, self._work.stores["hbm"], self.device)
 
     def run_step(self, step: Step, inputs: Sequence[Mapping[str, Tensor]]) -> Tensor:
         """Run one step; ``inputs`` has ``input_ids`` and ``position_ids`` ``[seqs, q_len]`` of
@@ -81,9 +88,14 @@ class GpuRuntime:
         places = {index: place for place, index in enumerate(step.receivers)}
         ended = [g.group for g in groups if g.group.takes(len(self._work.graph.layers) - 1)]
         order = [places[g.members[row].index] for g in ended for row in g.receivers]
-        self._work.begin(groups, _inputs_of(step, inputs, groups), order, program)
-        begin = clock()
-        self._executor.run_step()
+        mine = _inputs_of(step, inputs, groups)
+        if self.steady is not None and self.steady.takes(groups, program):
+            begin = clock()
+            self.steady.run(groups, mine, order, program)
+        else:
+            self._work.begin(groups, mine, order, program)
+            begin = clock()
+            self._executor.run_step()
         self._work.end()
         self.recorder.end_step(clock() - begin)
         tokens = torch.empty(step.seqs, dtype=torch.int64)

@@ -74,12 +74,12 @@ class GpuWork:
         self.weights = GpuWeights(graph, source, settings, memory)
         specs = [graph.body(i).kv for i in range(len(graph.layers))]
         wall, total = settings.admission.wall, settings.admission.kv_tokens
-        self._stores: dict[str, TierKv] = {}
+        self.stores: dict[str, TierKv] = {}
         for tier, count in (("hbm", wall), ("ram", total - wall)):
             held = memory.allocate(tier, kv_nbytes(specs, count), "kv")
-            self._stores[tier] = TierKv(specs, count, held)
+            self.stores[tier] = TierKv(specs, count, held)
         self.experts = ExpertWork(graph, settings, self.weights, memory, self._functions, experts)
-        self._groups = GroupStates(settings, device, self._stores)
+        self._groups = GroupStates(settings, device, self.stores)
         on_device = {name: value.to(device.compute) for name, value in self._constants.items()}
         self._near = DeviceSide(self.experts, on_device, device)
         self._far = HostSide(self._constants)
@@ -100,11 +100,22 @@ class GpuWork:
         program: GpuProgram,
     ) -> None:
         """Prepare a step; ``places`` number the sequences that get a token, group by group."""
-        self.places = places
-        self.states = self._groups.of(groups, inputs)
+        self.begin_states(self._groups.of(groups, inputs), places, program)
+
+    def begin_states(
+        self, states: list[GroupState], places: Sequence[int], program: GpuProgram
+    ) -> None:
+        """Prepare a step whose groups are made already."""
+        self.places, self.states = places, states
         self._there.clear()
         self._tail_weights.clear()
         self.experts.begin(self.states, program)
+
+    def finish_last(self) -> None:
+        """What follows the experts of the last layer, now and not when the head asks for it."""
+        with torch.inference_mode():
+            for state in self.states:
+                self._finish_layer(state, len(self.graph.layers) - 1)
 
     def end(self) -> None:
         """Keep the values of groups that go on in a later step."""
@@ -256,7 +267,7 @@ class GpuWork:
         assert spec is not None
         tokens = state.seqs * (state.past + 1)
         there = OneLayerKv(spec, tokens, self.device.bytes_of(launch.writes))
-        bring_kv(self._stores["ram"], launch.layer, state.home, there)
+        bring_kv(self.stores["ram"], launch.layer, state.home, there)
         assert isinstance(state.kv, SentKv)
         state.kv.rooms[launch.layer] = there
 
@@ -265,7 +276,7 @@ class GpuWork:
             new = state.kv.new.pop(launch.layer)
             for value in new:
                 self.device.keep(value)
-            send_kv(self._stores["ram"], launch.layer, state.home, new)
+            send_kv(self.stores["ram"], launch.layer, state.home, new)
 
     def _down(self, state: GroupState, launch: Launch) -> None:
         state.host.values = {}

@@ -125,6 +125,9 @@ def _run_parser(parser: argparse.ArgumentParser) -> None:
         default="cpu",
         help="this machine's processor, its GPU, or a GPU's programs on the processor, as a check",
     )
+    parser.add_argument(
+        "--graphs", action="store_true", help="with --target cuda: capture decode in CUDA graphs"
+    )
     parser.set_defaults(command=_run)
 
 

@@ -134,8 +134,10 @@ def gpu_generation(
     sampling: Sampling,
     stop_tokens: Sequence[int],
     experts: Experts | None = None,
+    graphs: bool = False,
 ) -> Generation[GpuRuntime]:
-    """Generation under a layout for a GPU, whose ``programs`` these are.
+    """Generation under a layout for a GPU, whose ``programs`` these are; with ``graphs`` steps are
+    captured where that is possible.
 
     Raises VerifyError for what the executor does not do; entering it raises BudgetError.
     """
@@ -155,6 +157,7 @@ def gpu_generation(
             programs.first(),
             activations,
             experts,
+            graphs,
         )
 
     return Generation(programs.settings.admission, runtime, sampling, stop_tokens)

@@ -33,6 +33,7 @@ from dovetail.runtime.generate import Observer, StepReport
 from dovetail.runtime.gpu.device import CudaDevice, require_gpu
 from dovetail.runtime.gpu.experts import Experts
 from dovetail.runtime.gpu.host_device import HostDevice
+from dovetail.runtime.gpu.steady import SteadySteps
 from dovetail.runtime.memory_weights import MemoryWeights
 from dovetail.runtime.safetensors_index import CheckpointIndex
 from dovetail.runtime.sampling import Sampling
@@ -43,6 +44,11 @@ MACHINE_FILE = "machine.json"
 
 def check_target(options: argparse.Namespace) -> None:
     """Refuse what a target does not do, before anything is read. Raises ModelError, InputError."""
+    if options.graphs and options.target != "cuda":
+        raise InputError(
+            f"--graphs with --target {options.target}: steps are captured on a GPU only; leave "
+            "--graphs out, or run with --target cuda"
+        )
     if options.target == "cpu":
         return
     if options.record_routing is not None:
@@ -92,11 +98,19 @@ def _note(text: str) -> None:
     print(f"dovetail: {text}", file=sys.stderr)
 
 
+def _captured_text(steady: SteadySteps | None) -> str:
+    """What became of ``--graphs``."""
+    if steady is None:
+        return "no step was captured: not all experts are run by the plan's kernels"
+    return f"{steady.captures} steps were captured, and {steady.replays} replayed"
+
+
 class GpuExecution:
     """A plan for a GPU at work on a checkpoint; a context manager, like ``Execution``.
 
-    The emitted executors are written to ``folder``. Raises ModelError without a GPU on the target
-    ``cuda``, and VerifyError for a plan that no executor does.
+    The emitted executors are written to ``folder``; ``graphs`` captures steps where it can. Raises
+    ModelError without a GPU on the target ``cuda``, and VerifyError for a plan that no executor
+    does.
     """
 
     def __init__(
@@ -108,6 +122,7 @@ class GpuExecution:
         stop_tokens: Sequence[int],
         folder: Path,
         target: str = "cuda",
+        graphs: bool = False,
     ) -> None:
         self.plan, self.layout = plan, apply_moves(captured.graph, plan.moves)
         if self.layout.device is None:
@@ -123,8 +138,17 @@ class GpuExecution:
         make: MakeDevice = CudaDevice if target == "cuda" else HostDevice
         experts = self._kernels(folder / "kernels") if target == "cuda" else None
         self._generator = gpu_generation(
-            self.programs, self.layout, captured, index, make, sampling, stop_tokens, experts
+            self.programs,
+            self.layout,
+            captured,
+            index,
+            make,
+            sampling,
+            stop_tokens,
+            experts,
+            graphs,
         )
+        self._graphs = graphs
         self.measured = Measured()
         self.steps_run: list[Step] = []
         self.peaks: dict[str, int] = {}
@@ -160,6 +184,8 @@ class GpuExecution:
         measured.step_seconds = tuple(runtime.recorder.step_seconds)
         measured.timeline = runtime.recorder.timeline()
         self._generator.__exit__(kind, error, trace)
+        if self._graphs:
+            _note(_captured_text(runtime.steady))
 
     def configure(self, sampling: Sampling, stop_tokens: Sequence[int]) -> None:
         """Choose tokens like this from the next run of ``steps`` on."""

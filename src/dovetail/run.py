@@ -191,7 +191,7 @@ def _run_rest(
         execution = Execution(plan, captured, folder.index, sampling, stop, executor, sinks.or_none)
     else:
         execution = GpuExecution(
-            plan, captured, folder.index, sampling, stop, place, options.target
+            plan, captured, folder.index, sampling, stop, place, options.target, options.graphs
         )
     writer = _Writer(folder, journal, left, options.max_new_tokens, record)
     requests = requests_of(left, folder.context, options.max_new_tokens)

@@ -73,6 +73,7 @@ def test_a_machine_without_a_gpu_is_refused(
     [
         (("--target", "host"), "name that machine with --machine"),
         (("--target", "host", "--record-routing", "r.npz"), "routing is recorded on the processor"),
+        (("--target", "host", "--graphs"), "steps are captured on a GPU only"),
         (("--target", "host", "--ray", "2"), "shards run on processors only"),
     ],
 )

@@ -20,6 +20,7 @@ from dovetail.ir.errors import InputError, PlanError
 from dovetail.ir.kernel_layer import LayerKernels, LayerSpec
 from dovetail.ir.kernel_parts import DTYPE_BYTES
 from dovetail.ir.kernel_spec import KernelSpec
+from dovetail.ir.placement import experts_of
 from dovetail.ir.plan import Plan
 from dovetail.ir.task_graph import TaskGraph
 from dovetail.ir.units import format_bytes
@@ -59,6 +60,8 @@ class KernelExperts:
             for kind in kinds
         }
         self.nbytes = sum(runner.nbytes for runner in self._runners.values())
+        # Set by who knows that kernels do all layers, and on a stream.
+        self.capturable = False
         self._begun: dict[LayerSpec, tuple[Routing, int]] = {}
         self._tables: dict[tuple[int, ...], Tensor] = {}
 
@@ -137,7 +140,11 @@ def kernel_experts(
     if not ladders:
         return others
     folder.mkdir(parents=True, exist_ok=True)
-    return KernelExperts(ladders, device, folder, nbytes, others, load)
+    made = KernelExperts(ladders, device, folder, nbytes, others, load)
+    made.capturable = device != "cpu" and all(
+        layer in ladders or experts_of(graph, layer) is None for layer in range(len(graph.layers))
+    )
+    return made
 
 
 def plan_experts(
