@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 import torch
 from tests.e2e.support import VOCAB, machine, tiny_model
+from tests.test_gpu_choose import MACHINE as GPU_MACHINE
 from torch import Tensor, nn
 
 import dovetail
-from dovetail.doors import module_schedule, regions
+from dovetail.doors import compiled_generate, gpu_planning, module_schedule, regions
 from dovetail.doors.compiled_function import CompiledFunction
+from dovetail.doors.compiled_module import Options, compiled_instance
 from dovetail.doors.region_choice import (
     EAGER,
     Choice,
@@ -341,7 +343,7 @@ def test_compile_refuses_what_it_cannot_use(model: Any, tmp_path: Path) -> None:
         (lambda: dovetail.compile(3), "got int, expected a torch.nn.Module"),
         (lambda: dovetail.compile("folder"), "dovetail.load"),
         (lambda: dovetail.compile(model, policy="x"), "policy 'x' is not known"),
-        (lambda: dovetail.compile(model, plan=tmp_path / "no"), "no such plan file"),
+        (lambda: dovetail.compile(model, plan=tmp_path / "no"), "no such module plan file"),
         (lambda: dovetail.compile(model, on_stale="x"), "expected one of verify"),
         (lambda: dovetail.compile(model, budget="x"), "budget"),
     ]
@@ -408,6 +410,62 @@ def test_generate_refuses_a_budget_below_the_weights(model: Any) -> None:
     compiled = dovetail.compile(model, budget="ram=64KiB")
     with pytest.raises(BudgetError, match=r"stream it with dovetail\.load"):
         compiled.generate(ids(4, 3), max_new_tokens=2)
+
+
+def test_generate_on_a_gpu_is_planned_for_it_and_run_by_its_executor(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dovetail.doors.compiled_generate.winner", lambda samples: "dovetail")
+    save_machine(GPU_MACHINE, tmp_path / "gpu.json")
+    options = Options(target=str(tmp_path / "gpu.json"), stand_in=True)
+    compiled: Any = compiled_instance(model, options)
+    inputs = {"input_ids": ids(5, 9), "attention_mask": torch.ones(5, 9, dtype=torch.int64)}
+    asked = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    expected = model.generate(**inputs, **asked)
+    assert torch.equal(compiled.generate(**inputs, **asked), expected)
+    plan = compiled.generation_plan
+    assert plan.policy == "eager" and plan.machine.accelerator is not None
+    assert {span.engine for span in compiled.timeline().spans} == {"gpu0"}
+    # The executor packed a copy of the weights: what changes in place is packed again.
+    with torch.no_grad():
+        model.lm_head.weight.mul_(-1)
+    try:
+        expected = model.generate(**inputs, **asked)
+        assert torch.equal(compiled.generate(**inputs, **asked), expected)
+    finally:
+        with torch.no_grad():
+            model.lm_head.weight.mul_(-1)
+
+
+@pytest.mark.parametrize(
+    ("where", "text"),
+    [
+        ("cuda:0", "torch finds none here"),
+        ("cuda:1", "expected all of it on the cpu or on cuda:0"),
+        ("mps", "plans run on the cpu and on cuda:0"),
+    ],
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_generate_says_why_it_does_not_run_where_a_model_is(
+    model: Any, target: str, where: str, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = torch.device(where)
+    found = device, where if device.index else ""
+    monkeypatch.setattr(compiled_generate, "_device_of", lambda model: found)
+    monkeypatch.setattr(gpu_planning, "find_machine", lambda *_: machine())
+    compiled = dovetail.compile(model)
+    expected = model.generate(ids(5, 4), max_new_tokens=2, do_sample=False)
+    assert torch.equal(compiled.generate(ids(5, 4), max_new_tokens=2, do_sample=False), expected)
+    assert text in compiled.explain() and compiled.generation_plan is None
+
+
+def test_generate_on_a_gpu_says_what_hbm_lacks(model: Any, tmp_path: Path) -> None:
+    small = replace(GPU_MACHINE, tiers={**GPU_MACHINE.tiers, "hbm": 1 << 16})
+    save_machine(small, tmp_path / "gpu.json")
+    options = Options(target=str(tmp_path / "gpu.json"), stand_in=True)
+    compiled: Any = compiled_instance(model, options)
+    compiled.generate(ids(5, 4), max_new_tokens=2, do_sample=False)
+    assert "beside the model hbm has 64.00 KiB for it" in compiled.explain()
 
 
 # functions

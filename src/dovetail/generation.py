@@ -7,6 +7,7 @@ that only the first call of a bucket pays for planning and loading.
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -20,6 +21,9 @@ from dovetail.ir.timeline import Timeline
 from dovetail.runtime.memory_weights import MemoryWeights
 from dovetail.runtime.safetensors_index import CheckpointIndex
 
+if TYPE_CHECKING:
+    from dovetail.gpu_run import GpuExecution
+
 OnToken = Callable[[int, int], None]
 """Called with a sequence's number and its new token."""
 
@@ -30,16 +34,24 @@ class _Open:
 
     bucket: Bucket
     planned: Planned
-    execution: Execution
+    execution: "Execution | GpuExecution"
 
 
 class GenerationEngine:
-    """Generates under the plans of ``cache`` from the weights of ``index``; one call at a time."""
+    """Generates under the plans of ``cache`` from the weights of ``index``; one call at a time.
+
+    ``target`` is as in ``GpuExecution`` for plans of a GPU, else ``cpu``.
+    """
 
     def __init__(
-        self, cache: PlanCache, index: CheckpointIndex | MemoryWeights, context: int
+        self,
+        cache: PlanCache,
+        index: CheckpointIndex | MemoryWeights,
+        context: int,
+        target: str = "cpu",
     ) -> None:
         self._cache, self._index, self._context = cache, index, context
+        self._target = target
         self._open: _Open | None = None
         self._plans: dict[Bucket, Planned] = {}
         self._lock = threading.Lock()
@@ -89,20 +101,29 @@ class GenerationEngine:
                     on_token(index, token)
         return made
 
-    def _execution(self, wanted: Wanted) -> Execution:
+    def _execution(self, wanted: Wanted) -> "Execution | GpuExecution":
         if self._open and self._open.bucket.holds(wanted.lengths, wanted.new_tokens):
             return self._open.execution
         bucket, planned = self._planned(wanted.lengths, wanted.new_tokens)
         self.close()
-        plan, captured, place = planned
-        execution = Execution(
-            plan, captured, self._index, wanted.sampling, wanted.stop, place / "executor.py"
-        )
+        execution = self._made(planned, wanted)
         # The workers have set their own number, which is also that of threads to come: undo it.
         torch.set_num_threads(torch.get_num_threads())
         execution.__enter__()
         self._open = _Open(bucket, planned, execution)
         return execution
+
+    def _made(self, planned: Planned, wanted: Wanted) -> "Execution | GpuExecution":
+        plan, captured, place = planned
+        if self._target == "cpu":
+            return Execution(
+                plan, captured, self._index, wanted.sampling, wanted.stop, place / "executor.py"
+            )
+        from dovetail.gpu_run import GpuExecution
+
+        return GpuExecution(
+            plan, captured, self._index, wanted.sampling, wanted.stop, place, self._target
+        )
 
     def _planned(self, lengths: Sequence[int], new: Sequence[int]) -> tuple[Bucket, Planned]:
         for bucket, planned in self._plans.items():

@@ -149,6 +149,7 @@ class GpuExecution:
             graphs,
         )
         self._graphs = graphs
+        self.source = (folder / "segments.py").read_text(encoding="utf-8")
         self.measured = Measured()
         self.steps_run: list[Step] = []
         self.peaks: dict[str, int] = {}

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from dovetail.doors.generate_arguments import Wanted, as_tensor, read_arguments
-from dovetail.doors.memory_planning import context_of, memory_engine, places_of
+from dovetail.doors.memory_planning import contents_of, context_of, memory_engine, places_of
 from dovetail.doors.plan_cache import Bucket
 from dovetail.doors.region_choice import EAGER, Choice, ChoiceStore, winner
 from dovetail.generation import GenerationEngine
-from dovetail.ir.errors import CaptureError, DovetailError, InputError
+from dovetail.ir.errors import CaptureError, DovetailError, InputError, ModelError
 from dovetail.ir.plan import Plan
 from dovetail.ir.timeline import Timeline
 from dovetail.tuning.staleness import Grade
@@ -54,6 +54,15 @@ def _hooked(model: nn.Module) -> list[str]:
         for path, child in model.named_modules()
         if path and (child._forward_hooks or child._forward_pre_hooks)
     ]
+
+
+def _device_of(model: nn.Module) -> tuple[torch.device, str]:
+    """Where a model's weights are; where that is in several places, or on a GPU that is not the
+    first, these in words."""
+    found = sorted({str(p.device) for p in model.parameters()}) or ["cpu"]
+    device = torch.device(found[0])
+    fits = len(found) == 1 and not device.index
+    return device, "" if fits else ", ".join(found)
 
 
 class CompiledGenerate:
@@ -130,28 +139,43 @@ class CompiledGenerate:
 
     def _objection(self) -> str:
         """Why the executor cannot run this model now; "" if it can."""
-        if self._model.device.type != "cpu":
-            return f"the model is on {self._model.device}, and plans run on the cpu so far"
+        device, several = _device_of(self._model)
+        if several:
+            return f"the model is on {several}, expected all of it on the cpu or on cuda:0"
+        on_gpu = device.type == "cuda" or self._options.stand_in
+        if not on_gpu and device.type != "cpu":
+            return f"the model is on {device}, and plans run on the cpu and on cuda:0"
         if hooks := _hooked(self._model):
             return (
                 f"hooks on {', '.join(hooks[:3])} would not be called by the executor, which runs "
                 "operators and no modules: remove the hooks for the scheduled way"
             )
-        places = places_of(self._model)
+        places = (contents_of if on_gpu else places_of)(self._model)
         if places != self._places:
             # Weights that moved, or are others: what was made of them holds no more.
             self.close()
             self._engine, self._places, self._unfit = None, places, ""
             self.choices.clear()
             try:
-                self._engine = memory_engine(self._model, self._options)
+                self._engine = self._make_engine(on_gpu)
             except CaptureError as error:
                 self._unfit = str(error)
         return self._unfit
 
+    def _make_engine(self, on_gpu: bool) -> GenerationEngine:
+        """Raises CaptureError with why no engine runs this model."""
+        if not on_gpu:
+            return memory_engine(self._model, self._options)
+        from dovetail.doors.gpu_planning import gpu_engine
+
+        try:
+            return gpu_engine(self._model, self._options)
+        except ModelError as error:
+            raise CaptureError(str(error)) from error
+
     def _scheduled(self, wanted: Wanted) -> Tensor:
         assert self._engine is not None
-        return as_tensor(wanted, self._engine.run(wanted))
+        return as_tensor(wanted, self._engine.run(wanted)).to(self._model.device)
 
     # Choosing.
 
@@ -186,6 +210,8 @@ class CompiledGenerate:
             self._kind = (
                 f"{type(self._model).__name__} of {count} weights, {dtype}, {threads} threads"
             )
+            if self._model.device.type != "cpu":
+                self._kind += f", {torch.cuda.get_device_name(self._model.device)}"
         return self._kind
 
     def _compare(

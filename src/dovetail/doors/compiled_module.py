@@ -25,7 +25,8 @@ STATE = "_dovetail_state"
 @dataclass(frozen=True, slots=True)
 class Options:
     """What `dovetail.compile` was told. ``plan`` is the plan file of a module, ``generation_plan``
-    that of a model's ``generate``."""
+    that of a model's ``generate``. With ``stand_in`` the model counts as one on a GPU, whose work
+    the host device does: for tests."""
 
     budget: dict[str, int] | None = None
     workload: Workload | None = None
@@ -34,6 +35,7 @@ class Options:
     generation_plan: Path | None = None
     target: str = ""
     on_stale: str = "verify"
+    stand_in: bool = False
 
 
 @dataclass(slots=True)

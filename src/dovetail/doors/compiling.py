@@ -78,13 +78,15 @@ def compile(
     module in training mode.
     """
     check_policy(policy)
+    plans = _plans(plan)
     options = Options(
         budget=read_budget(budget),
         workload=read_workload(workload),
         policy=policy,
         target=target,
         on_stale=check_on_stale(on_stale),
-        **_plans(plan),
+        plan=plans.get("plan"),
+        generation_plan=plans.get("generation_plan"),
     )
     if module is None:
         return lambda given: _compiled(given, options)

@@ -54,8 +54,8 @@ def memory_engine(model: Any, options: "Options") -> GenerationEngine:
     """
     dtype = str(model.dtype).removeprefix("torch.")
     captured = captured_in_memory(model.config, dtype, log.info)
-    _check(captured.graph, model)
-    weights = MemoryWeights(captured.graph, model.state_dict(), _experts_paths(model, captured))
+    check_model(captured.graph, model)
+    weights = MemoryWeights(captured.graph, model.state_dict(), experts_paths(model, captured))
     request = Request(
         checkpoint="",
         budget=_budget(captured.graph, options),
@@ -66,7 +66,7 @@ def memory_engine(model: Any, options: "Options") -> GenerationEngine:
     )
     machine = _machine(options.target)
     name = codec.digest([captured.graph, "in memory", machine.workers])
-    cache = PlanCache(name, request, options.on_stale, _maker(captured, machine))
+    cache = PlanCache(name, request, options.on_stale, plan_maker(captured, machine, RESIDENT))
     engine = GenerationEngine(cache, weights, context_of(model))
     weakref.finalize(model, engine.close)
     if options.workload is not None:
@@ -80,7 +80,15 @@ def places_of(model: Any) -> tuple[int, ...]:
     return tuple(t.data_ptr() for t in (*model.parameters(), *model.buffers()))
 
 
-def _check(graph: TaskGraph, model: Any) -> None:
+def contents_of(model: Any) -> tuple[int, ...]:
+    """Where the model's weights are and how often they were changed in place: what was packed of
+    others, or before, holds no more. Changes through ``.data`` are not seen."""
+    tensors = (*model.parameters(), *model.buffers())
+    return tuple(n for t in tensors for n in (t.data_ptr(), 0 if t.is_inference() else t._version))
+
+
+def check_model(graph: TaskGraph, model: Any) -> None:
+    """Raise CaptureError for a model that cannot be scheduled from memory."""
     if getattr(model, "hf_quantizer", None) is not None:
         raise CaptureError("the model is quantised, and plans read plain weights only")
     if graph.state_bytes_per_seq:
@@ -111,9 +119,13 @@ def _machine(target: str) -> Machine:
     return replace(found, workers=workers, disk=AT_ONCE)
 
 
-def _maker(captured: Captured, machine: Machine) -> Callable[[Request, Path], Any]:
+def plan_maker(
+    captured: Captured, machine: Machine, resident: tuple[str, ...]
+) -> Callable[[Request, Path], Any]:
+    """Plans by the policy asked for, or by the best of ``resident`` where that is ``auto``."""
+
     def make(request: Request, place: Path) -> tuple[Plan, Captured]:
-        names = RESIDENT if request.policy == "auto" and not request.plan else (request.policy,)
+        names = resident if request.policy == "auto" and not request.plan else (request.policy,)
         plans = [
             plan_model(replace(request, policy=name), Model(captured), machine)[0] for name in names
         ]
@@ -126,7 +138,7 @@ def _maker(captured: Captured, machine: Machine) -> Callable[[Request, Path], An
     return make
 
 
-def _experts_paths(model: Any, captured: Captured) -> Callable[[int], str]:
+def experts_paths(model: Any, captured: Captured) -> Callable[[int], str]:
     """How the module with a layer's routed experts is called."""
     found: dict[int, str] = {}
     for path, child in model.named_modules():
