@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from clock import Peaks
+from end_to_end import Run, end_to_end_verdicts
 from layers import Measured, verdicts
 from questions import Answer
 from tiles import Tried, kendall
@@ -25,6 +26,7 @@ class Report:
     layers: list[Measured] = field(default_factory=list)
     tiles: list[Tried] = field(default_factory=list)
     answers: list[Answer] = field(default_factory=list)
+    runs: list[Run] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
 
     def write(self, out: Path) -> None:
@@ -38,6 +40,7 @@ class Report:
             "layers": [measured.record() for measured in self.layers],
             "tiles": [asdict(tried) | {"spec": codec.encode(tried.spec)} for tried in self.tiles],
             "answers": [asdict(answer) for answer in self.answers],
+            "runs": [run.record() for run in self.runs],
             "skipped": self.skipped,
         }
         text = json.dumps(data, indent=1) + "\n"
@@ -53,6 +56,7 @@ class Report:
                 f"bf16 product {self.peaks.flops / 1e12:.0f} TFLOP/s.",
             ]
         parts += self._numbers() + self._layers() + self._tiles() + self._answers()
+        parts += self._runs()
         if self.skipped:
             parts += ["", "## Left out", "", *(f"- {line}" for line in self.skipped)]
         return "\n".join(parts) + "\n"
@@ -97,11 +101,31 @@ class Report:
                 lines += ["", *_ranks(asked)]
         return lines
 
+    def _runs(self) -> list[str]:
+        if not self.runs:
+            return []
+        header = (
+            "model", "place", "way", "tokens/s", "decode step, ms", "predicted / measured",
+            "share of link's bound", "tokens as transformers",
+        )  # fmt: skip
+        lines = [f"- {line}" for line in end_to_end_verdicts(self.runs)]
+        return ["", "## End to end", "", _table(header, map(_run_row, self.runs)), "", *lines]
+
     def _answers(self) -> list[str]:
         if not self.answers:
             return []
         rows = [(answer.question, answer.what, answer.answer) for answer in self.answers]
         return ["", "## Launches and binaries", "", _table(("", "what", "found"), rows)]
+
+
+def _run_row(run: Run) -> tuple[str, ...]:
+    if run.skipped:
+        return run.model, run.place, run.way, run.skipped, "", "", "", ""
+    predicted = f"{run.predicted / run.seconds:.2f}" if run.predicted else ""
+    link = f"{run.link_share:.0%}" if run.link else ""
+    same = f"{run.same:.0%}" if run.same is not None else ""
+    rate, decode = f"{run.tokens / run.seconds:.1f}", f"{run.decode * 1e3:.2f}"
+    return run.model, run.place, run.way, rate, decode, predicted, link, same
 
 
 def _tile_row(tried: Tried) -> tuple[str, ...]:

@@ -200,6 +200,10 @@ class GpuExecution:
         """What the engines did in the last steps, as measured; on a GPU nothing is yet."""
         return self._generator.runtime.recorder.timeline()
 
+    def held(self, tier: str) -> dict[str, int]:
+        """The bytes that are set aside in a tier, by what they hold."""
+        return self._generator.runtime.memory.budgets[tier].breakdown()
+
     def steps(
         self, requests: Sequence[Request], prompt: Callable[[int], Sequence[int]]
     ) -> Iterator[StepReport]:
