@@ -1,10 +1,12 @@
 """The GPU bench where there is no GPU: it says so, and a dry run without time says what it left."""
 
+import importlib
 import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -35,7 +37,6 @@ def test_a_dry_run_with_no_time_left_lists_what_it_left_out(tmp_path: Path) -> N
     assert done.returncode == 0, done.stderr
     text = out.read_text(encoding="utf-8")
     assert "layer Mixtral-8x7B" in text and "numbers of up bf16, 13 tokens" in text
-    assert "end to end against accelerate and transformers" in text
     data = json.loads(out.with_suffix(".json").read_text(encoding="utf-8"))
     assert data["layers"] == [] and len(data["skipped"]) > 40
 
@@ -47,3 +48,26 @@ def test_a_dry_run_checks_numbers_and_layers(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     answers = json.loads(out.with_suffix(".json").read_text(encoding="utf-8"))["answers"]
     assert {answer["question"] for answer in answers} == {"launch floor"}
+
+
+def test_whole_models_run_dry_by_the_executor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    bench: Any = importlib.import_module("end_to_end")
+    made = bench.EndToEnd(bench.SHAPES[0], True, tmp_path)
+    machine = bench.bench_machine(True)
+    rows = [made.transformers(), made.ours("resident", machine), made.ours("offloaded", machine)]
+    assert [row.tokens for row in rows] == [9, 9, 9]
+    assert rows[0].same is None and rows[1].same == rows[2].same == 1.0
+    assert rows[1].link == 0 < rows[2].link and rows[2].predicted > 0
+    with pytest.raises(RuntimeError, match="no step was captured"):
+        made.ours("resident", machine, graphs=True)
+
+
+def test_a_whole_model_that_does_not_fit_in_the_time_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    bench: Any = importlib.import_module("end_to_end")
+    assert list(bench.measure_model(bench.SHAPES[0], True, tmp_path, lambda *_: False)) == []

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from clock import Peaks
-from end_to_end import Run, end_to_end_verdicts
 from layers import Measured, verdicts
 from questions import Answer
+from runs import Run, end_to_end_verdicts
 from tiles import Tried, kendall
 
 from dovetail.ir import codec

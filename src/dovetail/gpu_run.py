@@ -149,6 +149,7 @@ class GpuExecution:
             graphs,
         )
         self._graphs = graphs
+        self.captured = 0
         self.source = (folder / "segments.py").read_text(encoding="utf-8")
         self.measured = Measured()
         self.steps_run: list[Step] = []
@@ -185,6 +186,7 @@ class GpuExecution:
         measured.step_seconds = tuple(runtime.recorder.step_seconds)
         measured.timeline = runtime.recorder.timeline()
         self._generator.__exit__(kind, error, trace)
+        self.captured = runtime.steady.captures if runtime.steady is not None else 0
         if self._graphs:
             _note(_captured_text(runtime.steady))
 
