@@ -16,6 +16,8 @@
                 the first before R + H, where H is the least time that handing on takes, still has
                 them or was handed on before R and still holds the second at R: together at most
                 both capacities. Hence T >= H + work + X.
+    stall       an engine that fills or drains a pool is busy with something else, too long for
+                what the pool holds (loop_stalls.py); also for what is handed on
 
 Ops that share an engine between two events are bounded by Jackson's preemptive schedule (Carlier,
 1982), over the body unrolled a few times.
@@ -29,6 +31,7 @@ from dovetail.solvers.cycle_ratio import smallest_period
 from dovetail.solvers.loop_joins import with_joins
 from dovetail.solvers.loop_problem import Hold, LoopProblem, Op, ranks
 from dovetail.solvers.loop_relays import relays
+from dovetail.solvers.loop_stalls import stall
 
 Node = tuple[str, int]
 # Further iterations would only serve holds that last longer than this many.
@@ -37,8 +40,9 @@ _LONGEST_HOLD = 2
 
 def period_bounds(problem: LoopProblem) -> dict[str, int]:
     """Periods in ticks that no schedule can beat, by what sets them: ``engine:NAME``,
-    ``recurrence``, ``pool:NAME``, ``refill:NAME`` and ``relay:NAME+NAME``. A pool that is too small
-    for any period has no bound; ``pools_too_small`` names it."""
+    ``recurrence``, ``pool:NAME``, ``refill:NAME``, ``stall:NAME`` and ``relay:NAME+NAME``, which is
+    the larger of the last two for both. A pool that is too small for any period has no bound;
+    ``pools_too_small`` names it."""
     unrolled = _Unrolled(problem)
     bounds: dict[str, int] = {}
     for op in problem.ops:
@@ -51,10 +55,14 @@ def period_bounds(problem: LoopProblem) -> dict[str, int]:
         if holds and area is not None:
             bounds[f"pool:{pool}"] = area
             bounds[f"refill:{pool}"] = _refill(unrolled, holds, problem.pools[pool])
+            bounds[f"stall:{pool}"] = stall(problem, holds, problem.pools[pool])
     for relay in relays(problem):
         capacity = sum(problem.pools[pool] for pool in relay.pools)
         found = _refill(unrolled, relay.holds, capacity)
-        bounds[f"relay:{'+'.join(relay.pools)}"] = found + relay.ticks if found else 0
+        name = f"relay:{'+'.join(relay.pools)}"
+        bounds[name] = max(
+            found + relay.ticks if found else 0, stall(problem, relay.holds, capacity)
+        )
     return bounds
 
 

@@ -203,11 +203,21 @@ def _wrong_numbers(problem: LoopProblem) -> Iterator[str]:
             yield f"the hold of pool {hold.pool!r} by {hold.first!r} has a negative distance"
 
 
-def _loose_holds(problem: LoopProblem) -> Iterator[str]:
+def distances(problem: LoopProblem, source: str) -> dict[str, int]:
+    """The fewest iterations between op ``source`` and each op that depends on it."""
+    return _distances(_behind(problem), source)
+
+
+def _behind(problem: LoopProblem) -> dict[str, list[tuple[str, int]]]:
     behind: dict[str, list[tuple[str, int]]] = {op.name: [] for op in problem.ops}
     for op in problem.ops:
         for name, distance in op.after:
             behind[name].append((op.name, distance))
+    return behind
+
+
+def _loose_holds(problem: LoopProblem) -> Iterator[str]:
+    behind = _behind(problem)
     for hold in problem.holds:
         near = _distances(behind, hold.first)
         for name, distance in hold.last:
