@@ -111,6 +111,8 @@ class GpuRuntime:
             return
         self._stopped = True
         self.device.close()
+        if self.steady is not None:
+            self.steady.close()
         self._work.close()
 
 

@@ -96,6 +96,10 @@ class SteadySteps:
         self._work.begin_states(known.states, places, program)
         self._work(launches[-1], self._device)
 
+    def close(self) -> None:
+        """Let the graphs and their memory go; nothing may be replaying."""
+        self._known.clear()
+
     def _captured(
         self,
         groups: Sequence[GpuGroup],
