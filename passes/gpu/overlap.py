@@ -24,8 +24,11 @@ from dovetail.solvers.retime import retime
 WORK, QUICK = 0.6, 0.01
 """Deterministic work of the solver for one loop body, a unit of which takes a few seconds: for a
 plan, and to compare schedules, for which its list schedules and the policy's own order do."""
-ENOUGH = 0.015
-"""Share by which a shorter period would not be worth looking for."""
+DEEP = 2.0
+"""Work for a body whose proof is not close after ``WORK``."""
+ENOUGH, CLOSE = 0.015, 0.02
+"""Shares by which a shorter period would not be worth looking for: for the search, and for what a
+plan says of itself. Where ``CLOSE`` is not reached, the search that is ``DEEP`` aims at half."""
 RESOLUTION = 1500
 """Ticks of a period that the solver sees; finer ones only cost it time."""
 
@@ -71,8 +74,14 @@ def _solved(loop: Loop, before: float, work: float) -> tuple[float, float, Order
     """The solver's period in seconds, or ``before`` where its order is no better, what it proved,
     and the order."""
     problem, order = loop.problem, tuple(loop.order.items())
-    pools = tuple(problem.pools.items())
-    found, bound, items = _searched(problem.ops, problem.holds, pools, problem.chains, order, work)
+    body = (problem.ops, problem.holds, tuple(problem.pools.items()), problem.chains)
+    found, bound, items = _searched(*body, order, work, ENOUGH)
+    low = max(bound, lowest_period(problem) * TICK)
+    if work >= WORK and low < min(found, before) * (1 - CLOSE):
+        order = items if found < before else order
+        deep, deeper, better = _searched(*body, order, DEEP, CLOSE / 2)
+        bound = max(bound, deeper)
+        found, items = (deep, better) if deep < found else (found, items)
     if found < before * (1 - 1e-6):
         return found, bound, dict(items)
     return before, bound, loop.order
@@ -86,6 +95,7 @@ def _searched(
     chains: tuple[tuple[str, ...], ...],
     order: Items,
     work: float,
+    enough: float,
 ) -> tuple[float, float, Items]:
     """The period of the solver's order, its bound, and that order. Schedules that differ in other
     steps have many a body in common, which is solved once."""
@@ -95,9 +105,8 @@ def _searched(
     coarse = _coarser(loop.problem, grain)
     starts = {name: start // grain for name, start in own.starts.items()}
     begin = retime(coarse, ModuloSchedule(max(1, own.period // grain), starts))
-    solved = modulo_schedule.solve(coarse, work=work, start=begin, enough=ENOUGH)
-    # The solver saw durations rounded down, so that its bound holds for the exact ones.
-    bound = (solved.bound or 0) * grain * TICK
+    solved = modulo_schedule.solve(coarse, work=work, start=begin, enough=enough)
+    bound = _finer(coarse, grain, solved.bound or 0) * TICK
     if solved.status == "infeasible":
         return math.inf, bound, order
     better = replace(loop, order=order_of(loop.problem, solved.value))
@@ -105,10 +114,23 @@ def _searched(
 
 
 def _coarser(problem: LoopProblem, grain: int) -> LoopProblem:
-    """The problem in ticks ``grain`` times as long, rounded down: a bound of it bounds the period
-    of the original from below."""
+    """The problem in ticks ``grain`` times as long, durations rounded down."""
     ops = tuple(replace(op, duration=op.duration // grain) for op in problem.ops)
     return replace(problem, ops=ops)
+
+
+def _finer(coarse: LoopProblem, grain: int, bound: float) -> float:
+    """What a bound of the coarser problem proves of the original, in the original's ticks.
+
+    Any schedule of the original with period T gives one of the coarser problem: divide all by
+    ``grain``, and round T up. Only ops that take no coarse tick, and yet hold units for one, may
+    then be too short: put in one tick after each of them.
+    """
+    if grain == 1:
+        return bound
+    held = {x for hold in coarse.holds for x in (hold.first, *(name for name, _ in hold.last))}
+    instant = sum(op.name in held and op.duration == 0 for op in coarse.ops)
+    return max(0.0, (bound - instant - 1) * grain)
 
 
 def order_of(problem: LoopProblem, schedule: ModuloSchedule) -> Order:
