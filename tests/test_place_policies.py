@@ -278,7 +278,7 @@ def test_placement_file_is_read_back_and_altered_ones_are_refused(tmp_path: Path
     path.write_text("{")
     with pytest.raises(PlanError, match="not a readable placement"):
         load_placement(path)
-    with pytest.raises(PlanError, match="no such file"):
+    with pytest.raises(PlanError, match="no such placement file"):
         load_placement(tmp_path / "none.json")
 
 

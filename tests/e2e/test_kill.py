@@ -213,7 +213,10 @@ def test_only_one_run_at_a_time_writes_an_output(job: Job) -> None:
     out = "twice.jsonl"
     with job.started(out) as process:
         job.wait_for(process, out, 1)
+        # Stopped, it keeps its lock and cannot end before the second has begun.
+        os.killpg(process.pid, signal.SIGSTOP)
         second = job.finish(out)
+        os.killpg(process.pid, signal.SIGCONT)
         assert second.returncode == 1
         assert "in use by another process" in second.stderr
         process.wait(PATIENCE)
