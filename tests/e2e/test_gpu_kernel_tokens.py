@@ -39,7 +39,7 @@ NEW = 2
 class NoExperts:
     """What runs the experts of layers without kernels: there must be none."""
 
-    nbytes = 0
+    nbytes, capturable = 0, False
 
     def run(self, *arguments: object) -> None:
         raise AssertionError("a layer's experts have no kernels")
