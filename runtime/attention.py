@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dovetail.runtime.kv_store import KvGroup, KvHandle
+from dovetail.runtime.kv_store import KvGroup, KvHandle, kv_pieces
 from dovetail.runtime.latent_attention import Expand, latent_attention
 
 SCRATCH_BYTES = 4 << 20
@@ -60,7 +60,7 @@ def attention(
     make = torch.empty if min(kv_group.lengths) == q_len else torch.zeros
     out = make(seqs, q_len, heads, dim, dtype=q.dtype)
     logits = None if sinks is None else sinks.float()
-    for first, last, k, v in _pieces(keys, values, seqs):
+    for first, last, k, v in kv_pieces(keys, values, seqs):
         rows = slice(first, last)
         piece = _Piece(q[rows], k, v, logits, scale, window, chunk, out[rows])
         if q_len == 1:
@@ -68,19 +68,6 @@ def attention(
         else:
             _prompt(piece, kv_group.held[rows], kv_group.lengths[rows])
     return out
-
-
-def _pieces(
-    keys: Tensor | KvHandle, values: Tensor | KvHandle, seqs: int
-) -> Iterator[tuple[int, int, Tensor, Tensor]]:
-    """First and last row (exclusive) with their keys and values ``[rows, heads, kv_len, dim]``."""
-    if isinstance(keys, Tensor):
-        assert isinstance(values, Tensor)
-        yield 0, seqs, keys, values
-        return
-    assert isinstance(values, KvHandle)
-    for run, k, v in zip(keys.runs, keys.views, values.views, strict=True):
-        yield run.first, run.last, k, v
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ are filled. Neighbouring sequences of a cohort are a **run**, whose keys are one
 
 import math
 import mmap
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -208,3 +208,16 @@ def _view(arena: Tensor, run: Run, stride: int, kv_len: int) -> Tensor:
     start = arena.storage_offset() + run.offset * token
     shape = (run.last - run.first, heads, kv_len, dim)
     return arena.as_strided(shape, (stride * token, dim, token, 1), start)
+
+
+def kv_pieces(
+    keys: Tensor | KvHandle, values: Tensor | KvHandle, seqs: int
+) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+    """First and last row (exclusive) with their keys and values ``[rows, heads, kv_len, dim]``."""
+    if isinstance(keys, Tensor):
+        assert isinstance(values, Tensor)
+        yield 0, seqs, keys, values
+        return
+    assert isinstance(values, KvHandle)
+    for run, k, v in zip(keys.runs, keys.views, values.views, strict=True):
+        yield run.first, run.last, k, v

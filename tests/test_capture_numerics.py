@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.capture_cases import COMMON
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -19,18 +20,6 @@ from dovetail.capture.captured import Captured
 from dovetail.ir.expr import evaluate
 from dovetail.ir.task_graph import Arg, Body, Const, Experts, ExpertTensor, Op, Ref, Size, Task
 
-COMMON: dict[str, Any] = {
-    "vocab_size": 256,
-    "hidden_size": 64,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "num_hidden_layers": 4,
-    "max_position_embeddings": 512,
-    "intermediate_size": 96,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
 MLA: dict[str, Any] = {
     "num_key_value_heads": 4,
     "moe_intermediate_size": 48,

@@ -4,7 +4,6 @@
 copies is for caches. This one leaves the choice of a kernel to torch.
 """
 
-from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -12,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dovetail.runtime.gpu.kv import SteadyKv
-from dovetail.runtime.kv_store import KvGroup, KvHandle
+from dovetail.runtime.kv_store import KvGroup, KvHandle, kv_pieces
 from dovetail.runtime.latent_attention import Expand, latent_attention
 
 
@@ -43,26 +42,13 @@ def gpu_attention(
         return _attend(q, keys, values, None, scale, None)
     parts = []
     q_len = q.shape[2]
-    for first, last, k, v in _pieces(keys, values, q.shape[0]):
+    for first, last, k, v in kv_pieces(keys, values, q.shape[0]):
         rows = slice(first, last)
         shape = q_len, k.shape[2], window, chunk
         make = partial(_mask, _started(kv_group, rows, q.device), *shape, q.device)
         mask = kv_group.memo(("mask", first, last, *shape), make)
         parts.append(_attend(q[rows], k, v, sinks, scale, mask))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def _pieces(
-    keys: Tensor | KvHandle, values: Tensor | KvHandle, seqs: int
-) -> Iterator[tuple[int, int, Tensor, Tensor]]:
-    """First and last row (exclusive) with their keys and values ``[rows, heads, kv_len, dim]``."""
-    if isinstance(keys, Tensor):
-        assert isinstance(values, Tensor)
-        yield 0, seqs, keys, values
-        return
-    assert isinstance(values, KvHandle)
-    for run, k, v in zip(keys.runs, keys.views, values.views, strict=True):
-        yield run.first, run.last, k, v
 
 
 def _started(kv_group: KvGroup, rows: slice, device: torch.device) -> Tensor:
