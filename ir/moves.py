@@ -13,6 +13,9 @@ from dovetail.ir import codec
 UnitKind = Literal["embed", "dense", "experts", "head", "kv"]
 Axis = Literal["seqs", "tokens", "experts"]
 Tier = Literal["disk", "ram", "hbm"]
+ExpertFormat = Literal["int8", "int4"]
+FORMATS: tuple[ExpertFormat, ...] = ("int8", "int4")
+"""Formats in fewer bits that experts may be converted to, where the user allows it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,8 +168,20 @@ class Pack:
     rows: int
 
 
+@dataclass(frozen=True, slots=True)
+class Precision:
+    """Run the routed experts from a checkpoint that was converted to ``format``; it comes first,
+    since it changes what there is to place. Products of experts with up to ``few`` rows leave the
+    rows at their precision; others round them to int8 too, where the weights are."""
+
+    role: Literal["experts"]
+    format: ExpertFormat
+    few: int = 0
+
+
 Move = (
-    Dispatch
+    Precision
+    | Dispatch
     | Place
     | Split
     | Accumulate
