@@ -14,6 +14,7 @@ from dovetail.ir import codec
 from dovetail.ir.errors import CheckpointError, PlanError
 from dovetail.ir.moves import ExpertFormat
 from dovetail.ir.record_file import load_record
+from dovetail.ir.units import format_bytes
 from dovetail.runtime.safetensors_index import CheckpointIndex
 
 RECORD_FILE = "experts.json"
@@ -70,6 +71,15 @@ class ConvertedExperts:
         """The layer that holds the matrix with the largest error."""
         return max(self.layers, key=lambda layer: layer.worst)
 
+    def summary(self) -> str:
+        """Sizes and errors, in a line."""
+        return (
+            f"{format_bytes(self.nbytes)} instead of {format_bytes(self.source_bytes)} "
+            f"({self.nbytes / self.source_bytes:.3f} of it); the weights are off by "
+            f"{self.mean:.2%} in the mean and {self.worst.worst:.2%} at most, in layer "
+            f"{self.worst.layer}"
+        )
+
 
 def converted_folder(checkpoint: Path, form: ExpertFormat) -> Path:
     """Where the experts of a checkpoint are in ``form`` unless a place is named: beside it."""
@@ -123,7 +133,7 @@ def read_record(place: Path, command: str) -> ConvertedExperts:
     if not (place / RECORD_FILE).exists():
         raise CheckpointError(
             f"{place}: holds no {RECORD_FILE}, so that it is no folder of converted experts, or "
-            f"not a whole one; remove it and run `{command}`"
+            f"not a whole one; move it away and run `{command}`"
         )
     try:
         return load_record(
