@@ -6,7 +6,7 @@ to be read, and the runtime runs exactly this text.
 
 from collections.abc import Iterable, Mapping
 
-from dovetail.codegen.segments import MODULE, emit_expert, emit_segment
+from dovetail.codegen.segments import MODULE, emit_expert, emit_segment, rounds_rows
 from dovetail.ir.program import (
     Free,
     Instruction,
@@ -37,6 +37,7 @@ def emit_executor(graph: TaskGraph, program: Program, title: Mapping[str, str]) 
         "",
         "from dovetail.runtime.linear import TiledLinear",
         *_module_imports(graph),
+        *_quantised_imports(graph),
         "",
         "aten = torch.ops.aten",
         f"linear = TiledLinear({program.settings.buckets})",
@@ -60,6 +61,13 @@ def _module_imports(graph: TaskGraph) -> list[str]:
     if all(op.target != MODULE for op in ops):
         return []
     return ["from dovetail.runtime.modules import Cache, Carried, Mask, Part"]
+
+
+def _quantised_imports(graph: TaskGraph) -> list[str]:
+    experts = (body.experts.experts for body in graph.bodies if body.experts)
+    if not any(each is not None and rounds_rows(each) for each in experts):
+        return []
+    return ["from dovetail.runtime.quantised import rounded"]
 
 
 def engine_function(engine: str, program: Program) -> str:

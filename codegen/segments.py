@@ -12,6 +12,7 @@ from dovetail.ir.expr import DIMS, Q_LEN, SEQS, evaluate
 from dovetail.ir.program import Segment
 from dovetail.ir.task_graph import (
     ITEMSIZE,
+    SCALE,
     Arg,
     Body,
     Const,
@@ -36,7 +37,7 @@ MODULE = "dovetail.module"
 _EXTERNAL = ("input_ids", "position_ids")
 """What every layer may read again."""
 _TAKEN = frozenset(
-    {"m", "g", "v", "w", "layer", "math", "torch", "F", "linear", "aten", *DIMS}
+    {"m", "g", "v", "w", "layer", "math", "torch", "F", "linear", "rounded", "aten", *DIMS}
     | {"Cache", "Carried", "Mask", "Part"}
 )
 """Names that an emitted function uses for itself."""
@@ -272,6 +273,11 @@ def emit_expert(body: Body, segment: Segment) -> list[str]:
     return lines
 
 
+def rounds_rows(experts: Experts) -> bool:
+    """Whether an expert's rows are rounded once for two products."""
+    return experts.precision == "int8" and any(t.part == "gate" for t in experts.tensors)
+
+
 def _gate_up(experts: Experts, parts: set[str]) -> list[str]:
     if "gate_up" in parts:
         lines = [f"    h = {_linear(experts, parts, 'x', 'gate_up')}"]
@@ -279,14 +285,18 @@ def _gate_up(experts: Experts, parts: set[str]) -> list[str]:
     if "gate" not in parts:
         return [f"    h = {_linear(experts, parts, 'x', 'up')}"]
     gate, up = (_linear(experts, parts, "x", part) for part in ("gate", "up"))
+    first = ["    x = rounded(x)"] if rounds_rows(experts) else []
     if experts.split_gate:
-        return [f"    g = {gate}", f"    u = {up}"]
-    return [f"    h = torch.cat([{gate}, {up}], -1)"]
+        return [*first, f"    g = {gate}", f"    u = {up}"]
+    return [*first, f"    h = torch.cat([{gate}, {up}], -1)"]
 
 
 def _linear(experts: Experts, parts: set[str], x: str, part: str) -> str:
-    bias = f'w["{part}_bias"]' if f"{part}_bias" in parts else ""
     own = next(tensor for tensor in experts.tensors if tensor.part == part)
-    if experts.transposed or own.transposed:
-        return f'linear({x}, w["{part}"].t(){", " + bias if bias else ""})'
-    return f'linear({x}, w["{part}"]{", " + bias if bias else ""})'
+    turned = ".t()" if experts.transposed or own.transposed else ""
+    arguments = [x, f'w["{part}"]{turned}']
+    if f"{part}_bias" in parts:
+        arguments.append(f'w["{part}_bias"]')
+    if part + SCALE in parts:
+        arguments.append(f'scale=w["{part}{SCALE}"]')
+    return f"linear({', '.join(arguments)})"

@@ -75,7 +75,8 @@ class Machine:
     """A machine as the cost model sees it. All rates are per second, all sizes in bytes.
 
     ``gemm[dtype]`` is the FLOP/s of one compute worker (one thread) of ``rows x K @ K x N`` with
-    weights that are not in cache, by rows. ``attention[dtype]`` is the FLOP/s of one worker in
+    weights that are not in cache, by rows; ``int8`` and ``int4`` are those of 16-bit rows with
+    experts in fewer bits. ``attention[dtype]`` is the FLOP/s of one worker in
     causal self-attention, by query length. ``kv_bandwidth[dtype]`` is the bytes/s at which one
     worker reads the KV store in decode attention, by KV bytes of one sequence and layer.
     ``memory_bandwidth`` is one worker's streaming copy (bytes read plus written). ``op_seconds`` is

@@ -5,6 +5,7 @@ lists is the diff of two plans. Weights are placed by **unit**: ``embed`` (the e
 ``dense`` (all of a layer that is not a routed expert), ``experts`` and ``head``.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -162,21 +163,21 @@ class Bucket:
 @dataclass(frozen=True, slots=True)
 class Pack:
     """Run experts in turn as one as long as they have no more than ``rows`` rows together: their
-    products stay apart, all else is done at once."""
+    products stay apart, all else is done at once. ``grouped`` products are one call too, where the
+    matrices stand at equal distances in memory."""
 
     role: Literal["experts"]
     rows: int
+    product: Literal["", "grouped"] = field(default="", metadata=codec.LATER)
 
 
 @dataclass(frozen=True, slots=True)
 class Precision:
     """Run the routed experts from a checkpoint that was converted to ``format``; it comes first,
-    since it changes what there is to place. Products of experts with up to ``few`` rows leave the
-    rows at their precision; others round them to int8 too, where the weights are."""
+    since it changes what there is to place. Results differ from the model's."""
 
     role: Literal["experts"]
     format: ExpertFormat
-    few: int = 0
 
 
 Move = (
@@ -194,3 +195,8 @@ Move = (
     | Bucket
     | Pack
 )
+
+
+def precision_of(moves: Iterable[Move]) -> ExpertFormat | None:
+    """The format that a schedule's experts are in, None for the model's own."""
+    return next((move.format for move in moves if isinstance(move, Precision)), None)

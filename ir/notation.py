@@ -10,7 +10,7 @@ from dovetail.ir.moves import Fuse, Move, Place
 from dovetail.ir.program import Flat, Free, Load, Run, Signal, Wait
 from dovetail.ir.units import format_bytes, parse_bytes
 
-_OPTIONAL = ("by", "chunk_tokens", "layer_groups", "readers")
+_OPTIONAL = ("by", "chunk_tokens", "layer_groups", "product", "readers")
 """Parts of a move that are left out where they are what they are without being given."""
 
 

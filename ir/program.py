@@ -112,7 +112,8 @@ class Settings:
     are in ram and ``chunk`` make one streamed load; ``expert_rows`` and ``head_rows`` bound the
     rows of one GEMM; ``step_tokens`` is the most new tokens of a step; ``block`` the bytes of one
     disk read; ``threads`` the threads of one worker; ``buckets`` the tile sizes of
-    16-bit products; experts in turn with at most ``pack`` rows together run as one (0: none do)."""
+    16-bit products; experts in turn with at most ``pack`` rows together run as one (0: none do),
+    their products in one call where they are ``grouped``."""
 
     admission: Admission
     experts_resident: tuple[int, ...]
@@ -124,6 +125,7 @@ class Settings:
     threads: int
     buckets: tuple[int, ...]
     pack: int = 0
+    grouped: bool = False
 
     def chunk_experts(self, layer: int, chunk: int) -> range:
         """The experts of streamed chunk ``chunk``, or the resident ones for -1."""

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from math import prod
+from typing import Literal
 
 from dovetail.ir.codec import LATER
 from dovetail.ir.expr import Expr
@@ -68,6 +69,8 @@ class Const:
     name: str
 
 
+SCALE = "_scale"
+"""What the part of a quantised matrix's scales is called, after the matrix's own."""
 Arg = None | bool | int | float | str | Ref | Size | Const | tuple["Arg", ...]
 
 
@@ -134,7 +137,9 @@ class Weight:
 @dataclass(frozen=True, slots=True)
 class ExpertTensor:
     """One weight of one expert, with ``part`` of gate, up, gate_up, down or their ``_bias``;
-    experts without a gate have up and down alone.
+    experts without a gate have up and down alone. In fewer bits a matrix is followed by its
+    ``_scale``: int8 ``[in, out]`` by ``[out]``, or two inputs of int4 to a byte,
+    ``[out, in / 2]``, by ``[out, groups]``.
 
     ``key`` keeps ``{layer}`` and, when every expert has a tensor of its own, ``{expert}``;
     otherwise the checkpoint stacks all experts on the first axis of ``key``, one that is theirs
@@ -157,6 +162,13 @@ class ExpertTensor:
     def nbytes(self) -> int:
         """Bytes of one expert's share."""
         return prod(self.shape) * ITEMSIZE[self.dtype]
+
+    @property
+    def parameters(self) -> int:
+        """Weights that a token multiplies with; none in biases and scales."""
+        if self.part.endswith(("_bias", SCALE)):
+            return 0
+        return prod(self.shape) * (2 if self.dtype == "uint8" else 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +194,18 @@ class Experts:
     def nbytes(self) -> int:
         """Bytes of one expert."""
         return sum(t.nbytes for t in self.tensors)
+
+    @property
+    def parameters(self) -> int:
+        """Weights of one expert that a token multiplies with."""
+        return sum(t.parameters for t in self.tensors)
+
+    @property
+    def precision(self) -> Literal["", "int8", "int4"]:
+        """The format of matrices in fewer bits than the model's, "" for its own."""
+        if not any(t.part.endswith(SCALE) for t in self.tensors):
+            return ""
+        return "int8" if any(t.dtype == "int8" for t in self.tensors) else "int4"
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,21 +6,25 @@ that does not fit the graph raises VerifyError with what was found and what is a
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from dovetail.ir.batching import Admission
 from dovetail.ir.errors import VerifyError
 from dovetail.ir.gemm_tiles import LADDERS
 from dovetail.ir.moves import (
+    FORMATS,
     Accumulate,
     Assign,
     Bucket,
     Dispatch,
+    ExpertFormat,
     Fuse,
     Move,
     Overlap,
     Pack,
     Pipeline,
     Place,
+    Precision,
     Prefetch,
     Reorder,
     Split,
@@ -29,6 +33,7 @@ from dovetail.ir.placement import experts_of
 from dovetail.ir.program import Settings
 from dovetail.ir.task_graph import Body, Role, TaskGraph
 from dovetail.passes import device as gpu
+from dovetail.passes.expert_precision import with_precision
 
 DEFAULT_BLOCK = 8 << 20
 SPLITS = ("attention/seqs", "attention/tokens", "experts/experts", "experts/tokens", "head/seqs")
@@ -42,9 +47,11 @@ class Layout:
     group, ``expert_rows`` and ``head_rows`` the rows of one expert GEMM and of one head GEMM;
     ``buckets`` are the tile sizes of 16-bit products. ``accumulated`` experts run once over all
     groups' tokens, ``paged`` ones are copied page by page; with a ``barrier`` engines wait for each
-    other after every group. Experts in turn with at most ``pack`` rows together run as one.
+    other after every group. Experts in turn with at most ``pack`` rows together run as one, their
+    products ``grouped`` in one call.
     ``ram_which[i]`` names the experts in ram where a placement chose them.
-    Without ``device`` the CPU computes."""
+    Without ``device`` the CPU computes. ``graph`` has experts in ``precision``, "" for the
+    model's own."""
 
     graph: TaskGraph
     dispatch: Dispatch
@@ -71,6 +78,8 @@ class Layout:
     device: gpu.Device | None
     fused: dict[str, tuple[tuple[str, ...], ...]]
     pack: int = 0
+    grouped: bool = False
+    precision: ExpertFormat | Literal[""] = ""
 
     def chunks(self, layer: int) -> int:
         """How many streamed loads the layer's experts take."""
@@ -113,6 +122,7 @@ class Layout:
             threads=self.threads,
             buckets=self.buckets,
             pack=min(self.pack, self.expert_rows),
+            grouped=self.grouped,
         )
 
 
@@ -120,6 +130,9 @@ def apply_moves(graph: TaskGraph, moves: Iterable[Move]) -> Layout:
     """The layout that replaying ``moves`` on ``graph`` gives. Without moves everything is on disk,
     nothing is split and one worker computes. Raises VerifyError."""
     moves = tuple(moves)
+    precision = _precision(moves)
+    if precision is not None:
+        graph, moves = with_precision(graph, precision), moves[1:]
     dispatches = [move for move in moves if isinstance(move, Dispatch)]
     if len(dispatches) != 1:
         raise VerifyError(f"a schedule needs exactly one dispatch move, found {len(dispatches)}")
@@ -150,6 +163,7 @@ def apply_moves(graph: TaskGraph, moves: Iterable[Move]) -> Layout:
         pipelines=(),
         device=None,
         fused={body.name: tuple((t.name,) for t in body.tasks) for body in _bodies(graph)},
+        precision=precision or "",
     )
     for move in moves:
         layout = _apply(layout, move)
@@ -157,8 +171,26 @@ def apply_moves(graph: TaskGraph, moves: Iterable[Move]) -> Layout:
     return layout
 
 
+def _precision(moves: tuple[Move, ...]) -> ExpertFormat | None:
+    """The format that the moves ask for, first of all."""
+    asked = [at for at, move in enumerate(moves) if isinstance(move, Precision)]
+    if not asked:
+        return None
+    first = moves[0]
+    if asked != [0] or not isinstance(first, Precision):
+        raise VerifyError(
+            f"precision: found it as move {', '.join(str(at + 1) for at in asked)}; it says what "
+            "there is to place, so it comes once, and first"
+        )
+    if first.format not in FORMATS:
+        raise VerifyError(f"precision: {first.format!r} is not one of {', '.join(FORMATS)}")
+    return first.format
+
+
 def _apply(layout: Layout, move: Move) -> Layout:
     match move:
+        case Precision():
+            return layout
         case Dispatch():
             _positive(
                 move,
@@ -213,6 +245,11 @@ def _apply(layout: Layout, move: Move) -> Layout:
                     f"pipeline {move.engine}: needs one ahead >= 0 for every operation"
                 )
             return replace(layout, pipelines=(*layout.pipelines, move))
+        case Assign(role="all") if layout.precision:
+            raise VerifyError(
+                f"experts in {layout.precision} on a GPU: its executor has none; leave the "
+                "precision move out"
+            )
         case Assign(role="all"):
             return replace(layout, device=gpu.empty(layout.graph))
         case Assign():
@@ -228,7 +265,7 @@ def _apply(layout: Layout, move: Move) -> Layout:
             return replace(layout, buckets=move.sizes)
         case Pack():
             _positive(move, rows=move.rows)
-            return replace(layout, pack=move.rows)
+            return replace(layout, pack=move.rows, grouped=move.product == "grouped")
         case Fuse():
             return _fuse(layout, move)
 

@@ -82,10 +82,21 @@ def _compute_seconds(graph: TaskGraph, machine: Machine, work: _Sequences) -> fl
     seconds = work.generated * gemm_flops(graph.epilogue) / gemm
     for index, body in enumerate(graph.bodies):
         count = graph.layers.count(index)
-        seconds += count * work.processed * gemm_flops(body) / gemm
+        seconds += count * work.processed * (gemm_flops(body) / gemm + _saved(body, machine, gemm))
         seconds += count * _attention_seconds(graph, body, machine, work)
     workers = machine.workers * machine.keeps("cpu", "cpu") if machine.workers > 1 else 1
     return seconds / workers
+
+
+def _saved(body: Body, machine: Machine, gemm: float) -> float:
+    """By what seconds per token experts in fewer bits differ from the model's own precision: with
+    many rows, what it takes to turn a matrix into the model's type is next to nothing."""
+    experts = body.experts.experts if body.experts else None
+    if body.experts is None or experts is None or not experts.precision:
+        return 0.0
+    flops = evaluate(task_flops(body.experts, body), seqs=1, q_len=1, past=0)
+    best = max(machine.gemm[experts.precision].peak, gemm)
+    return flops / best - flops / gemm
 
 
 def body_costs(body: Body) -> Iterable[OpCost]:

@@ -14,7 +14,7 @@ from dovetail.ir.expr import evaluate
 from dovetail.ir.gemm_tiles import tiles
 from dovetail.ir.machine import LARGE_BLOCK, Curve, Machine
 from dovetail.ir.task_graph import ITEMSIZE, Body, Experts, Task
-from dovetail.passes.op_cost import OpCost, expert_parameters, op_costs
+from dovetail.passes.op_cost import OpCost, op_costs
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ class Costs:
 
     def __init__(self, machine: Machine) -> None:
         self._machine = machine
-        self._ops: dict[tuple[int, str], list[OpCost]] = {}
+        self._ops: dict[tuple[int, str], tuple[Body, list[OpCost]]] = {}
         self._known: dict[tuple[int, str, Workers, int, int, int], float] = {}
 
     def task_seconds(
@@ -57,8 +57,10 @@ class Costs:
         key = (id(body), task.name)
         if key not in self._ops:
             weights = {w.fqn: w for w in task.weights}
-            self._ops[key] = [c for op in task.ops for c in op_costs(op, body.values, weights)]
-        return self._ops[key]
+            costs = [c for op in task.ops for c in op_costs(op, body.values, weights)]
+            # The body stays, so that its id is not another's.
+            self._ops[key] = body, costs
+        return self._ops[key][1]
 
     def _op_seconds(self, cost: OpCost, workers: Workers, dims: dict[str, int]) -> float:
         machine, dtype = self._machine, workers.dtype
@@ -97,9 +99,12 @@ class Costs:
         keeps = self._machine.keeps("op", "op") if workers.count > 1 else 1.0
         return self._machine.op_seconds / keeps
 
-    def gemm_seconds(self, flops: float, rows: float, workers: Workers) -> float:
-        """Seconds of a product of ``rows`` rows, padded to tiles where the type has 16 bits."""
-        curve = self.curve("gemm", workers.dtype)
+    def gemm_seconds(
+        self, flops: float, rows: float, workers: Workers, precision: str = ""
+    ) -> float:
+        """Seconds of a product of ``rows`` rows, padded to tiles where the type has 16 bits; with
+        a matrix of another ``precision`` than the model's, if one is named."""
+        curve = self.curve("gemm", precision or workers.dtype)
         if ITEMSIZE[workers.dtype] != 2:
             return flops / curve.at(rows)
         sizes = tiles(math.ceil(rows), workers.buckets)
@@ -116,37 +121,53 @@ class Costs:
         return curves[dtype]
 
     def expert_seconds(
-        self, experts: Experts, workers: Workers, rows: float, tile: int, pack: int = 0
+        self,
+        experts: Experts,
+        workers: Workers,
+        rows: float,
+        tile: int,
+        pack: int = 0,
+        grouped: bool = False,
     ) -> float:
         """Mean seconds of one expert that ``rows`` tokens choose on average, each on its own, in
-        GEMMs of at most ``tile`` rows, beside others in packs of ``pack`` rows."""
+        GEMMs of at most ``tile`` rows, beside others in packs of ``pack`` rows, whose products
+        may be ``grouped``."""
         if rows <= 0:
             return 0.0
         spread = math.sqrt(rows)
         weights = {rows - spread: 0.25, rows: 0.5, rows + spread: 0.25}
         return sum(
-            weight * self._expert_seconds(experts, workers, max(1.0, n), tile, pack)
+            weight * self._expert_seconds(experts, workers, max(1.0, n), tile, pack, grouped)
             for n, weight in weights.items()
         )
 
     def _expert_seconds(
-        self, experts: Experts, workers: Workers, rows: float, tile: int, pack: int
+        self,
+        experts: Experts,
+        workers: Workers,
+        rows: float,
+        tile: int,
+        pack: int,
+        grouped: bool,
     ) -> float:
         item = ITEMSIZE[workers.dtype]
-        flops = 2 * rows * expert_parameters(experts)
+        flops = 2 * rows * experts.parameters
         moved = rows * (4 * experts.hidden + 6 * experts.intermediate) * item
-        ops = _expert_ops(rows, tile, pack) * self._fixed_seconds(workers)
+        ops = _expert_ops(rows, tile, pack, grouped) * self._fixed_seconds(workers)
         whole, rest = divmod(rows, tile)
         gemm = sum(
-            count * self.gemm_seconds(flops * n / rows, n, workers)
+            count * self.gemm_seconds(flops * n / rows, n, workers, experts.precision)
             for count, n in ((whole, tile), (1, rest))
             if count and n
         )
         return gemm + moved / self._machine.memory_bandwidth + ops
 
 
-def _expert_ops(rows: float, tile: int, pack: int) -> float:
+def _expert_ops(rows: float, tile: int, pack: int, grouped: bool) -> float:
     """Operators of one expert: three products, and its share of those that a pack takes together;
-    a pack has some more to say which rows are whose."""
+    a pack has some more to say which rows are whose. A product in a group takes half an operator,
+    and a dozen more find out where the matrices are: the two meet at 8 experts (measured)."""
     together = pack // max(1.0, rows)
-    return 3 + 16 / together if together >= 2 else 12 * max(1.0, rows / tile)
+    if together < 2:
+        return 12 * max(1.0, rows / tile)
+    return 1.5 + 28 / together if grouped and together >= 8 else 3 + 16 / together

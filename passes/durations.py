@@ -159,7 +159,12 @@ class Durations:
         rows = tokens * experts.top_k / (experts.count * hit)
         count = len(self._program.settings.chunk_experts(run.layer, run.chunk)) * hit
         one = self._costs.expert_seconds(
-            experts, self._workers, rows, layout.expert_rows, layout.settings.pack
+            experts,
+            self._workers,
+            rows,
+            layout.expert_rows,
+            layout.settings.pack,
+            layout.grouped,
         )
         return count * one / layout.workers
 

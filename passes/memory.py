@@ -17,7 +17,7 @@ from dovetail.ir.placement import (
     head_weights,
     weights_bytes,
 )
-from dovetail.ir.task_graph import ITEMSIZE, Body, Ref, TaskGraph
+from dovetail.ir.task_graph import ITEMSIZE, Body, Experts, Ref, TaskGraph
 from dovetail.passes.apply_moves import Layout
 from dovetail.passes.live_bytes import (
     COPY_BYTES,
@@ -99,6 +99,7 @@ def kernel_bytes(graph: TaskGraph, buckets: Sequence[int]) -> int:
         for b in bodies
         if b.experts and b.experts.experts
         for t in b.experts.experts.tensors
+        if t.parameters
     }
     # Absorbed latent attention has two products of its own, into the query and into the result.
     absorbed = sum(
@@ -190,8 +191,20 @@ def _expert_temporaries(layout: Layout) -> int:
         if experts := experts_of(layout.graph, layout.graph.layers.index(body)):
             rows = min(layout.expert_rows, step_tokens(layout) * experts.top_k)
             width = 2 * experts.hidden + 5 * experts.intermediate
-            most = max(most, rows * (width * item + 4 * experts.hidden))
+            needed = rows * (width * item + 4 * experts.hidden)
+            most = max(most, needed + _quantised_temporaries(experts, rows, item))
     return most
+
+
+def _quantised_temporaries(experts: Experts, rows: int, item: int) -> int:
+    """Rows in int8 and their sums in int32 and float32, or an int4 matrix in the model's type."""
+    widest = max(2 * experts.intermediate, experts.hidden)
+    match experts.precision:
+        case "int8":
+            return rows * (5 * widest + 8 * widest)
+        case "int4":
+            return max(tensor.parameters for tensor in experts.tensors) * (item + 1)
+    return 0
 
 
 def _decode_copies(layout: Layout) -> int:

@@ -8,7 +8,7 @@ from typing import Literal
 import sympy
 
 from dovetail.ir.expr import Q_LEN, SEQS, Expr, to_expr
-from dovetail.ir.task_graph import ITEMSIZE, Arg, Body, Experts, Op, Ref, Task, Value, Weight
+from dovetail.ir.task_graph import ITEMSIZE, Arg, Body, Op, Ref, Task, Value, Weight
 
 VIEWS = frozenset(
     f"aten.{name}"
@@ -157,14 +157,7 @@ def task_flops(task: Task, body: Body) -> Expr:
         op = task.ops[0]
         assert isinstance(op.args[1], Ref)
         routed = sympy.Mul(*body.values[op.args[1].name].shape)
-        return 2 * routed * expert_parameters(task.experts)
+        return 2 * routed * task.experts.parameters
     weights = {w.fqn: w for w in task.weights}
     costs = (cost for op in task.ops for cost in op_costs(op, body.values, weights))
     return sum((c.flops for c in costs if c.form != "decode"), sympy.Integer(0))
-
-
-def expert_parameters(experts: Experts) -> int:
-    """Weights of one expert that a token multiplies with."""
-    return sum(
-        t.nbytes // ITEMSIZE[t.dtype] for t in experts.tensors if not t.part.endswith("bias")
-    )

@@ -140,7 +140,8 @@ class _Rates:
 def _one_worker(spec: Spec, kinds: Mapping[str, torch.dtype], step: Step) -> _Rates:
     """Measures in a thread of its own, as the workers of a run are."""
     points = len(spec.gemm_rows) + len(spec.attention_lengths) + len(spec.kv_lengths)
-    share = ONE_WORKER / (points * len(kinds) + 2)
+    quantised = {"int8": compute.int8_rate, "int4": compute.int4_rate}
+    share = ONE_WORKER / (points * len(kinds) + len(quantised) * len(spec.quantised_rows) + 2)
     cold = _cold_bytes(spec)
     gemm, attention, kv = {}, {}, {}
     with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as worker:
@@ -166,6 +167,13 @@ def _one_worker(spec: Spec, kinds: Mapping[str, torch.dtype], step: Step) -> _Ra
                         f"{name} KV reads", compute.kv_rate, spec, n, dtype, cold
                     )
                     for n in spec.kv_lengths
+                }
+            )
+        for form, rate in quantised.items():
+            gemm[form] = _curve(
+                {
+                    r: measure(f"{form} GEMM", rate, r, spec.gemm_width, cold)
+                    for r in spec.quantised_rows
                 }
             )
         copy = measure("memory copy", compute.copy_rate, cold)

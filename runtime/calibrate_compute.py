@@ -21,6 +21,7 @@ from dovetail.runtime.attention import attention
 from dovetail.runtime.calibrate_spec import Spec
 from dovetail.runtime.kv_store import KvGroup, KvStore
 from dovetail.runtime.pools import Arena, TierBudget
+from dovetail.runtime.quantised import int4_matrix, int8_linear, rounded
 
 WINDOW_SECONDS = 0.025
 MIN_WINDOWS = 2
@@ -63,6 +64,35 @@ def gemm_rate(rows: int, weights: Sequence[Tensor], budget: float) -> float:
             lambda i: F.linear(x, weights[i % len(weights)]), len(weights), budget
         )
     return 2 * rows * width * weights[0].shape[0] / seconds
+
+
+def int8_rate(rows: int, width: int, cold_bytes: int, budget: float) -> float:
+    """FLOP/s of bfloat16 rows with int8 matrices that are not in cache, rounding included."""
+    first = torch.randint(-127, 128, (width, width), dtype=torch.int8)
+    weights = [first, *(first.clone() for _ in range(max(1, cold_bytes // first.nbytes)))]
+    x, scale = torch.ones(rows, width, dtype=torch.bfloat16), torch.ones(width)
+    with torch.inference_mode():
+        seconds = best_seconds(
+            lambda i: int8_linear(rounded(x), weights[i % len(weights)], scale),
+            len(weights),
+            budget,
+        )
+    return 2 * rows * width * width / seconds
+
+
+def int4_rate(rows: int, width: int, cold_bytes: int, budget: float) -> float:
+    """FLOP/s of bfloat16 rows with int4 matrices that are not in cache, turned into bfloat16
+    first."""
+    first = torch.randint(0, 256, (width, width // 2), dtype=torch.uint8)
+    weights = [first, *(first.clone() for _ in range(max(1, cold_bytes // first.nbytes)))]
+    x, scale = torch.ones(rows, width, dtype=torch.bfloat16), torch.ones(width, max(1, width // 64))
+    with torch.inference_mode():
+        seconds = best_seconds(
+            lambda i: F.linear(x, int4_matrix(weights[i % len(weights)], scale, x.dtype)),
+            len(weights),
+            budget,
+        )
+    return 2 * rows * width * width / seconds
 
 
 def attention_rate(spec: Spec, length: int, dtype: torch.dtype, budget: float) -> float:

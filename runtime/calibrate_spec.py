@@ -12,6 +12,8 @@ class Spec:
     gemm_rows: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
     gemm_width: int = 2048
     """K and N of the matrix multiply."""
+    quantised_rows: tuple[int, ...] = (8, 32, 128, 512)
+    """Rows of products with matrices in fewer bits."""
     shared_rows: int = 64
     """Rows of the matrix multiply that runs when slowdowns are measured."""
     attention_lengths: tuple[int, ...] = (16, 64, 256, 1024)

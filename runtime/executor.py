@@ -382,7 +382,7 @@ class Runtime:
         for pack in packs(own, routing.offsets, settings.pack, sizes):
             if len(pack) > 1:
                 parts = [weights[expert] for expert in pack]
-                run_pack(function, tokens, routing, pack, parts, total, sizes)
+                run_pack(function, tokens.x, routing, pack, parts, total, sizes, settings.grouped)
             else:
                 self._run_expert(function, pack[0], weights[pack[0]], total)
         self.recorder.add(f"cpu{worker}", "run", function.__name__, layer, begin, clock())

@@ -77,12 +77,14 @@ def torch_dtype(name: str) -> torch.dtype:
 def tensor_view(
     buffer: memoryview, offset: int, dtype: torch.dtype, shape: tuple[int, ...]
 ) -> torch.Tensor:
-    """A tensor over ``buffer``'s bytes from ``offset`` on, without a copy; keeps them mapped."""
+    """A tensor over ``buffer``'s bytes from ``offset`` on, without a copy; keeps them mapped. Its
+    storage is the whole buffer, so that one view may be over several tensors of it."""
     count = math.prod(shape)
     if count == 0:
         return torch.empty(shape, dtype=dtype)
     assert offset % dtype.itemsize == 0, "a tensor must start at a multiple of its itemsize"
-    return torch.frombuffer(buffer, dtype=dtype, count=count, offset=offset).view(shape)
+    whole = torch.frombuffer(buffer, dtype=dtype, count=len(buffer) // dtype.itemsize)
+    return whole.narrow(0, offset // dtype.itemsize, count).view(shape)
 
 
 class _Mapping:

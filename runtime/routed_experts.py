@@ -13,12 +13,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dovetail.ir.gemm_tiles import LADDERS
+from dovetail.runtime.expert_groups import GROUPED
 from dovetail.runtime.linear import TiledLinear
 
 AT_ONCE_BYTES = 16 << 20
 """Above so many bytes of intermediate rows an expert at a time is faster on a CPU: its rows stay in
 the cache (measured with 64 experts of 512 x 256; the two meet between 8 and 32 MiB)."""
-GROUPED = (torch.float32, torch.bfloat16, torch.float16)
 Activation = Callable[[Tensor], Tensor]
 _tiled = TiledLinear(LADDERS[0])
 

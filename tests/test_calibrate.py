@@ -51,7 +51,8 @@ def test_calibrate_measures_every_figure(tmp_path: Path, checkpoint: list[Path])
         progress=lambda what, done: steps.append((what, done)),
         spec=TINY,
     )
-    for curves in (machine.gemm, machine.attention, machine.kv_bandwidth):
+    assert list(machine.gemm) == ["bfloat16", "float32", "int8", "int4"]
+    for curves in (machine.attention, machine.kv_bandwidth):
         assert list(curves) == ["bfloat16", "float32"]
     assert machine.gemm["bfloat16"].x == (1.0, 4.0)
     assert machine.attention["float32"].x == (2.0, 4.0)

@@ -18,7 +18,6 @@ from dovetail.ir.task_graph import ITEMSIZE, Experts
 from dovetail.ir.workload import Routing
 from dovetail.passes.cost import Costs, Workers
 from dovetail.passes.expert_loads import ExpertLoads, Load
-from dovetail.passes.op_cost import expert_parameters
 from dovetail.solvers import expert_assignment
 
 Floats = NDArray[np.float64]
@@ -85,7 +84,7 @@ class GpuExpertCosts:
         key = id(experts)
         if key not in self._traffics:
             more = (2 * experts.hidden + 4 * experts.intermediate) * self._item
-            self._traffics[key] = 2 * expert_parameters(experts), experts.nbytes, more
+            self._traffics[key] = 2 * experts.parameters, experts.nbytes, more
         return self._traffics[key]
 
     def _each(self, experts: Experts, rows: Floats) -> Floats:

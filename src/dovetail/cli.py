@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dovetail import __version__
+from dovetail.convert_command import convert_parser
 from dovetail.ir.errors import DovetailError
 from dovetail.kernels.commands import kernels_parser
 from dovetail.system_errors import as_output_error
-from dovetail.tuning.commands import db_parser, tune_parser
+from dovetail.tuning.commands import allow_argument, db_parser, tune_parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -57,6 +58,7 @@ def make_parser() -> argparse.ArgumentParser:
     _demo_parser(commands.add_parser("demo", help="write a small real checkpoint and prompts"))
     _run_parser(commands.add_parser("run", help="finish a file of prompts under a budget"))
     _calibrate_parser(commands.add_parser("calibrate", help="measure this machine"))
+    convert_parser(commands.add_parser("convert", help="write the experts in fewer bits, beside"))
     place = commands.add_parser("place", help="which device holds which expert, from traces")
     place_actions = place.add_subparsers(title="actions", required=True, metavar="ACTION")
     _place_make_parser(place_actions.add_parser("make", help="place; the action if none is named"))
@@ -101,6 +103,7 @@ def _model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--policy", default="auto", metavar="NAME")
     parser.add_argument("--machine", default="", metavar="NAME|FILE", help="plan for this machine")
     parser.add_argument("--skip-bad", action="store_true", help="leave bad prompt lines out")
+    allow_argument(parser)
 
 
 def _run_parser(parser: argparse.ArgumentParser) -> None:

@@ -66,8 +66,8 @@ class Execution:
             # Beside a model in memory the process is not ours, and the budget not that tight.
             kept = min(LARGE_BLOCK, max(LEAST_KEPT, plan.budget["ram"] // KEPT_SHARE))
             memory.trim_allocator(kept, kept, arenas=1)
-        graph = captured.graph
-        self.layout = apply_moves(graph, plan.moves)
+        self.layout = apply_moves(captured.graph, plan.moves)
+        graph = self.layout.graph
         self.program: Program = lower(self.layout, plan.budget)
         self.source = emit_executor(graph, self.program, plan_title(plan))
         executor_file.write_text(self.source, encoding="utf-8")

@@ -18,6 +18,7 @@ from dovetail.checkpoint import ModelFolder
 from dovetail.ir import codec
 from dovetail.ir.errors import BudgetError, DovetailError, PlanError
 from dovetail.ir.machine import Machine
+from dovetail.ir.moves import ExpertFormat
 from dovetail.ir.plan import Plan, load_plan, save_plan
 from dovetail.ir.units import format_bytes
 from dovetail.ir.workload import Workload
@@ -40,7 +41,7 @@ class Request:
     """What to plan. ``checkpoint`` is a model folder, or a config.json or a folder with no weights
     beside it; ``machine`` names a machine file, "" for this machine; ``plan`` a plan file whose
     moves are to be used instead of a search. A plan that ``runs`` has nothing that is simulated
-    only."""
+    only; its experts may be in the formats that ``allow`` lists."""
 
     checkpoint: str
     budget: Mapping[str, int]
@@ -50,6 +51,7 @@ class Request:
     machine: str = ""
     plan: str = ""
     runs: bool = False
+    allow: tuple[ExpertFormat, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +106,7 @@ def plan_model(request: Request, model: Model, machine: Machine) -> tuple[Plan, 
     """Plan an open model for ``machine``, whatever machine ``request`` names. Raises
     DovetailError."""
     from dovetail.kernels.planned import with_kernels
-    from dovetail.passes.choose import choose
+    from dovetail.passes.choose_precision import choose_precision
 
     captured = model.captured
     if request.plan:
@@ -112,7 +114,7 @@ def plan_model(request: Request, model: Model, machine: Machine) -> tuple[Plan, 
         plan = with_kernels(_adopt(given, request, captured, machine, model.digest), captured.graph)
         _verify(plan, captured)
         return plan, captured
-    plan = choose(
+    plan = choose_precision(
         captured.graph,
         machine,
         request.budget,
@@ -120,6 +122,7 @@ def plan_model(request: Request, model: Model, machine: Machine) -> tuple[Plan, 
         policy=request.policy,
         knobs=request.knobs,
         checkpoint=model.digest,
+        allow=request.allow,
         runs=request.runs,
     )
     plan = with_kernels(plan, captured.graph)
@@ -153,6 +156,11 @@ def _adopt(
             f"{request.checkpoint}; plan this model again"
         )
     layout = apply_moves(graph, plan.moves)
+    if layout.precision and layout.precision not in request.allow:
+        raise PlanError(
+            f"{request.plan}: the plan runs experts in {layout.precision}, which changes results; "
+            f"add --allow {layout.precision} to use it, or plan again"
+        )
     if layout.device is not None and "hbm" not in request.budget:
         raise PlanError(
             f"{request.plan}: the plan is for the GPU of {plan.machine.name}; schedules for "
@@ -184,7 +192,7 @@ def _adopt(
         budget=dict(request.budget),
         workload=request.workload,
         prediction=prediction,
-        bound=least_time(graph, machine, request.budget, request.workload),
+        bound=least_time(layout.graph, machine, request.budget, request.workload),
         # What was proved held for the machine, budget and workload of the plan that was given.
         certificates=(),
         offsets={},

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from dovetail.checkpoint import ModelFolder
 from dovetail.execute import Execution
+from dovetail.expert_weights import check_converted, plan_index
 from dovetail.gpu_run import GpuExecution, check_target, gpu_place
 from dovetail.ir import codec
 from dovetail.ir.batching import Request as SequenceRequest
@@ -46,6 +47,7 @@ def run(options: argparse.Namespace) -> int:
     sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed)
     budget = ram_budget(options.budget) if options.target == "cpu" else {}
     folder = ModelFolder.open(options.checkpoint)
+    check_converted(folder, options.allow)
     prompts = load_prompts(folder, options)
     key = _run_key(folder, prompts, sampling, options)
     with Journal.open(options.out, key, restart=options.restart) as journal, ExitStack() as stack:
@@ -139,8 +141,10 @@ def requests_of(prompts: Sequence[Prompt], context: int, new_tokens: int) -> lis
 def _run_key(
     folder: ModelFolder, prompts: PromptSet, sampling: Sampling, options: argparse.Namespace
 ) -> dict[str, str | int | float | bool]:
-    """What makes results comparable: not the schedule, which does not change them."""
-    return {
+    """What makes results comparable: not the schedule, which does not change them unless it may
+    compute in fewer bits."""
+    allowed = {"allow": ",".join(sorted(options.allow))} if options.allow else {}
+    return allowed | {
         "checkpoint": folder.index.digest(),
         "config": codec.digest(dict(folder.config)),
         "stop_tokens": ",".join(str(token) for token in folder.stop_tokens),
@@ -176,6 +180,7 @@ def _run_rest(
         machine=machine,
         plan=str(options.plan) if options.plan else "",
         runs=True,
+        allow=tuple(options.allow),
     )
     _warn_if_stale(options, folder)
     plan, captured = plan_apart(request, place, lambda text: None)
@@ -188,7 +193,8 @@ def _run_rest(
         guard = RoutingGuard.for_plan(plan, captured.graph)
         sinks = Sinks([sink for sink in (guard, record) if sink is not None])
         executor = place / "executor.py"
-        execution = Execution(plan, captured, folder.index, sampling, stop, executor, sinks.or_none)
+        index = plan_index(folder, captured.graph, plan.moves)
+        execution = Execution(plan, captured, index, sampling, stop, executor, sinks.or_none)
     else:
         execution = GpuExecution(
             plan, captured, folder.index, sampling, stop, place, options.target, options.graphs

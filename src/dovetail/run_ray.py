@@ -74,6 +74,7 @@ def _job(options: argparse.Namespace, shard: Sequence[Prompt], base: Path) -> li
         value = getattr(options, name)
         if value:
             words += [f"--{name.replace('_', '-')}", str(value)]
+    words += [word for form in options.allow for word in ("--allow", form)]
     for name in ("ignore_eos", "restart"):
         words += [f"--{name.replace('_', '-')}"] if getattr(options, name) else []
     return words

@@ -61,6 +61,7 @@ def make(options: argparse.Namespace) -> int:
         workload=workload,
         policy=options.policy,
         machine=options.machine,
+        allow=tuple(options.allow),
     )
     with written(out):
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -12,6 +12,7 @@ from dovetail.ir.task_graph import TaskGraph
 from dovetail.passes.apply_moves import apply_moves
 from dovetail.passes.choose import choose
 from dovetail.passes.engine_use import EngineUse, engine_use
+from dovetail.passes.expert_precision import settled
 from dovetail.passes.memory import resident_bytes
 from dovetail.passes.sensitivity import Knobs, Note, Sensitivity, sensitivity
 
@@ -117,12 +118,13 @@ class Explanation:
 
 def explain(graph: TaskGraph, plan: Plan, note: Note) -> Explanation:
     """Explain a plan; solves it again a few times, of which ``note`` is told."""
+    given, (graph, plan) = plan, settled(graph, plan)
     found = sensitivity(graph, plan, note)
     facts = Facts.of(graph, plan, found.engines)
     best = best_of_policies(plan)
     others = [candidate for candidate in best if candidate.policy != plan.policy]
     return Explanation(
-        plan=plan,
+        plan=given,
         sensitivity=found,
         facts=facts,
         second=_second(graph, plan, facts, others[0]) if others else None,

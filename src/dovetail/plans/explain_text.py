@@ -50,7 +50,17 @@ def _kernels(plan: Plan) -> list[str]:
     rows = [("experts of", "tokens", "up", "down")]
     for bodies, tokens, up, down in kernel_seconds(plan):
         rows.append((bodies, f"{tokens}", format_duration(up), format_duration(down)))
-    return [*lines, *table(rows, right=(1, 2, 3))]
+    lines += table(rows, right=(1, 2, 3))
+    for ladder in plan.ladders:
+        for rung in ladder.rungs:
+            if (found := rung.measured) is not None:
+                lines += _wrap(
+                    f"Those for {rung.bucket[1]} tokens were measured: with sort and sum "
+                    f"{format_duration(found.seconds)}, where the cost model's choice takes "
+                    f"{format_duration(found.default_seconds)} ({found.ratio:.3f}, between "
+                    f"{found.low:.3f} and {found.high:.3f})."
+                )
+    return lines
 
 
 def _winner(found: Explanation) -> list[str]:

@@ -15,6 +15,7 @@ from dovetail.ir.record_file import write_whole
 from dovetail.ir.task_graph import TaskGraph
 from dovetail.passes.apply_moves import Layout, apply_moves
 from dovetail.passes.engine_use import EngineUse, engine_use
+from dovetail.passes.expert_precision import settled
 from dovetail.passes.gpu.cost import GpuCosts
 from dovetail.passes.gpu.predict import GpuPredictor
 from dovetail.passes.lower import lower, segments
@@ -60,10 +61,11 @@ def findings(graph: TaskGraph, plan: Plan, folder: Path, fast: bool, note: Note)
     explanation, curves = None, []
     if not fast:
         explanation = explain(graph, plan, note)
-        for resource in resources(graph, plan):
+        solvable = settled(graph, plan)
+        for resource in resources(*solvable):
             if resource.kind == "tier" or resource.name == "disk":
                 base = explanation.sensitivity.base
-                curves.append(curve(graph, plan, base, resource, FACTORS, note))
+                curves.append(curve(*solvable, base, resource, FACTORS, note))
     return Findings(
         plan=plan,
         steady=_gpu_steady(layout, plan) if layout.device else _steady(layout, plan, folder, note),

@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from dovetail.ir.moves import FORMATS
+
 
 def tune_parser(parser: argparse.ArgumentParser) -> None:
     """`dovetail tune`."""
@@ -32,12 +34,24 @@ def tune_parser(parser: argparse.ArgumentParser) -> None:
         "--replay", type=Path, metavar="FILE.db", help="decide from these rows, time nothing"
     )
     parser.add_argument("--ray", type=int, metavar="N", help="N tuners on a Ray cluster")
+    allow_argument(parser)
     parser.add_argument("--json", action="store_true", help="print what was found as JSON")
     # For the tuners that `--ray` starts: the time that the sample is cut for, and a search of one's
     # own over the same workload.
     parser.add_argument("--sample-for", help=argparse.SUPPRESS)
     parser.add_argument("--search-seed", type=int, help=argparse.SUPPRESS)
     parser.set_defaults(command=_tune)
+
+
+def allow_argument(parser: argparse.ArgumentParser) -> None:
+    """The permission to compute in fewer bits."""
+    parser.add_argument(
+        "--allow",
+        action="append",
+        default=[],
+        choices=FORMATS,
+        help="experts may be in this format, which changes results; needs `dovetail convert`",
+    )
 
 
 def _tune(options: argparse.Namespace) -> int:

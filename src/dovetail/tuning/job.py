@@ -3,13 +3,14 @@ trials in the database."""
 
 import argparse
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dovetail.capture.captured import Captured
 from dovetail.checkpoint import ModelFolder
 from dovetail.ir import codec
+from dovetail.ir.moves import ExpertFormat
 from dovetail.ir.plan import Plan
 from dovetail.ir.task_graph import TaskGraph
 from dovetail.ir.workload import Workload
@@ -30,7 +31,8 @@ from dovetail.tuning_db.facts import Key, Protocol, Task
 class TuneJob:
     """What is tuned: the untuned plan, what candidates run (a ``sample`` of the ``prompts`` that
     should take ``seconds``), and where the worker's files are. ``described`` says that the plan's
-    machine comes from a file, and so has nothing to be corrected here."""
+    machine comes from a file, and so has nothing to be corrected here; experts may be in the
+    formats that ``allow`` lists."""
 
     untuned: Plan
     captured: Captured
@@ -41,6 +43,7 @@ class TuneJob:
     key: Key
     scratch: Path
     described: bool = False
+    allow: tuple[ExpertFormat, ...] = ()
 
     @property
     def graph(self) -> TaskGraph:
@@ -91,20 +94,30 @@ def make_job(
         workload=prompts.workload,
         policy=options.policy,
         machine=options.machine,
+        allow=tuple(options.allow),
     )
     plan, captured = plan_apart(request, scratch, note)
-    key = make_key(plan, folder, prompts.workload, prompts.source)
+    key = make_key(plan, folder, prompts.workload, prompts.source, options.allow)
     described, seconds = bool(options.machine), run_seconds(time)
-    whole = TuneJob(plan, captured, folder.path, prompts, prompts, seconds, key, scratch, described)
+    allow = tuple(options.allow)
+    whole = TuneJob(
+        plan, captured, folder.path, prompts, prompts, seconds, key, scratch, described, allow
+    )
     return whole.slower(1.0)
 
 
-def make_key(plan: Plan, folder: ModelFolder, sample: Workload, source: str) -> Key:
+def make_key(
+    plan: Plan,
+    folder: ModelFolder,
+    sample: Workload,
+    source: str,
+    allow: Sequence[ExpertFormat] = (),
+) -> Key:
     """What trials of this plan must share to be compared. The code of a candidate is a function of
     the task's signature and the candidate's moves (``passes.lower``, ``codegen.executor``)."""
     disk = host.disk_device(folder.index.shards[0].file)
     return Key(
-        Task("schedule", {**_signature(plan.graph, plan.checkpoint), **plan.budget}),
+        Task("schedule", {**_signature(plan.graph, plan.checkpoint, allow), **plan.budget}),
         plan.workload,
         Protocol("whole", sample, moves_digest(plan.moves)),
         host.silicon() | {"disk": disk},
@@ -113,13 +126,19 @@ def make_key(plan: Plan, folder: ModelFolder, sample: Workload, source: str) -> 
     )
 
 
-def task_of(graph: TaskGraph, checkpoint: str, budget: Mapping[str, int]) -> Task:
+def task_of(
+    graph: TaskGraph,
+    checkpoint: str,
+    budget: Mapping[str, int],
+    allow: Sequence[ExpertFormat] = (),
+) -> Task:
     """What is tuned, named without a plan."""
-    return Task("schedule", {**_signature(codec.digest(graph), checkpoint), **budget})
+    return Task("schedule", {**_signature(codec.digest(graph), checkpoint, allow), **budget})
 
 
-def _signature(graph: str, checkpoint: str) -> dict[str, str]:
-    return {"graph": graph, "checkpoint": checkpoint, "target": "cpu"}
+def _signature(graph: str, checkpoint: str, allow: Sequence[ExpertFormat]) -> dict[str, str]:
+    named = {"graph": graph, "checkpoint": checkpoint, "target": "cpu"}
+    return named | ({"allow": ",".join(sorted(allow))} if allow else {})
 
 
 def note(text: str) -> None:

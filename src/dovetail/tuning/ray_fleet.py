@@ -55,6 +55,7 @@ def _arguments(options: argparse.Namespace, seconds: float, number: int) -> list
         value = getattr(options, name)
         if value:
             words += [f"--{name.replace('_', '-')}", str(value)]
+    words += [word for form in options.allow for word in ("--allow", form)]
     return words + (["--skip-bad"] if options.skip_bad else [])
 
 

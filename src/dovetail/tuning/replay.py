@@ -41,7 +41,7 @@ def replay(options: argparse.Namespace) -> int:
     budget = ram_budget(options.budget)
     with Database.open(path) as database:
         trials = Trials(database)
-        task = task_of(captured.graph, folder.index.digest(), budget)
+        task = task_of(captured.graph, folder.index.digest(), budget, options.allow)
         keys = trials.keys_of(task, prompts.workload, prompts.source)
         here = environment_here([folder.index.shards[0].file])
         key = _nearest(trials, keys, here, path)
@@ -88,9 +88,10 @@ def _plan(
     files = [shard.file for shard in folder.index.shards]
     machine = find_machine(machine_name, files, note)
     moves, workload = moves_of(default), prompts.workload
-    prediction = predict(apply_moves(graph, moves), machine, workload)
+    layout = apply_moves(graph, moves)
+    prediction = predict(layout, machine, workload)
     knobs = {name: int(value) for name, value in default.knobs.items()}
-    bound = least_time(graph, machine, budget, workload)
+    bound = least_time(layout.graph, machine, budget, workload)
     untuned = Chosen(POLICY, knobs, moves, prediction).plan(
         graph, machine, budget, workload, folder.index.digest(), bound, ()
     )

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dovetail.ir.errors import BudgetError
+from dovetail.ir.errors import BudgetError, InputError
 from dovetail.ir.machine import Machine
 from dovetail.ir.plan import Evidence, Plan
 from dovetail.ir.task_graph import TaskGraph
@@ -39,6 +39,11 @@ BETTER = 1e-3
 
 def tune_simulated(options: argparse.Namespace) -> int:
     """The whole command. Raises DovetailError."""
+    if options.allow:
+        raise InputError(
+            f"--allow {' '.join(options.allow)} with --target: formats are weighed where they can "
+            "be measured; leave --allow out, or tune on the machine itself"
+        )
     machine = load_machine(options.target)
     budget = machine_budget(options.budget, machine)
     model = Model.open(options.checkpoint, note)

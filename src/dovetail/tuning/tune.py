@@ -15,6 +15,7 @@ from pathlib import Path
 
 from dovetail.capture.captured import Captured
 from dovetail.checkpoint import ModelFolder
+from dovetail.expert_weights import check_converted
 from dovetail.ir import codec
 from dovetail.ir.errors import InputError
 from dovetail.ir.plan import Plan, save_plan
@@ -72,6 +73,7 @@ def tune_here(options: argparse.Namespace) -> Plan:
     seconds = parse_duration(options.time)
     database = options.db or default_path()
     folder = ModelFolder.open(options.checkpoint)
+    check_converted(folder, options.allow)
     prompts = read_workload(
         folder, options.workload, options.max_new_tokens, options.skip_bad, options.seed
     )
@@ -106,7 +108,7 @@ class Tuner:
     ) -> None:
         self._job, self._trials, self._fixed = job, trials, fixed
         self._clock = Clock(seconds)
-        self._space = Space.around(job.setting, job.layout)
+        self._space = Space.around(job.setting, job.layout, job.allow)
         self._sampler = make_sampler(sampler, self._space, seed)
         argv = shlex.join(sys.argv)
         begun = Tuning(job.key.silicon, job.key.software, argv, sampler, seed, seconds)

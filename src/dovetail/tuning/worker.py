@@ -23,10 +23,11 @@ from torch import Tensor
 from dovetail.capture.captured import load_captured
 from dovetail.checkpoint import ModelFolder
 from dovetail.execute import Execution
+from dovetail.expert_weights import plan_index
 from dovetail.ir import codec
 from dovetail.ir.batching import Request, Step
 from dovetail.ir.errors import BudgetError, DovetailError, VerifyError
-from dovetail.ir.moves import Move
+from dovetail.ir.moves import ExpertFormat, Move, precision_of
 from dovetail.ir.plan import Plan, load_plan
 from dovetail.ir.program import Program
 from dovetail.ir.task_graph import ITEMSIZE
@@ -46,6 +47,10 @@ TOLERANCES = {4: 1e-3, 2: 0.1}
 """Largest error of the logits, as a share of their root mean square, by bytes of the type: a
 reordered sum in float32 moves them by 1e-6; 16-bit types by some percent, where a router chooses
 another expert for it by more; another model's logits by more than 1."""
+
+ALLOWED: Mapping[ExpertFormat, float] = {"int8": 0.3, "int4": 0.7}
+"""The same where experts of either run are in fewer bits. This finds errors, not loss of quality:
+that is the user's to judge, who allowed it; the plan says by how much outputs differ."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +180,7 @@ class Worker:
         execution = Execution(
             plan,
             self._captured,
-            self._model.index,
+            plan_index(self._model, self._captured.graph, plan.moves),
             Sampling(),
             (),
             self._folder / "executor.py",
@@ -220,7 +225,9 @@ class Worker:
             return replace(answer, error=0.0)
         error = probe.error(path)
         answer = replace(answer, error=error)
-        allowed = TOLERANCES[ITEMSIZE[self._captured.graph.dtype]]
+        forms = {precision_of(moves) for moves in (plan.moves, self._plan.moves)}
+        own = TOLERANCES[ITEMSIZE[self._captured.graph.dtype]]
+        allowed = max(own, *(ALLOWED[form] for form in forms if form is not None), 0.0)
         if not error <= allowed:
             note = f"logits differ by {error:.2g} of their size, allowed are {allowed:g}"
             return replace(answer, state="wrong_result", note=note)
