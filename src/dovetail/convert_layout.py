@@ -45,7 +45,7 @@ def converted_bytes(graph: TaskGraph) -> int:
     return sum(experts.count * experts.nbytes for experts in found if experts is not None)
 
 
-def files_of(graph: TaskGraph, file_bytes: int = FILE_BYTES) -> tuple[ExpertFile, ...]:
+def files_of(graph: TaskGraph, file_bytes: int) -> tuple[ExpertFile, ...]:
     """The files of a graph's routed experts, each of whole layers and at most ``file_bytes``, or
     of one layer that is larger: neighbours in two files would be two reads."""
     shards: list[list[int]] = []

@@ -27,6 +27,7 @@ from dovetail.convert import (
 )
 from dovetail.convert_experts import Rounding
 from dovetail.convert_layout import (
+    FILE_BYTES,
     INDEX_FILE,
     ExpertFile,
     converted_bytes,
@@ -60,13 +61,15 @@ def convert(
     form: ExpertFormat,
     out: Path,
     progress: Progress | None = None,
+    file_bytes: int = FILE_BYTES,
 ) -> ConvertedExperts:
     """Write the experts of ``folder``, captured as ``graph``, in ``form`` to the folder ``out``,
     unless they are there already, and return the record of what it holds.
 
-    ``progress`` is told the bytes of every expert that is written. Raises InputError if the model
-    has no experts that convert, something else is at ``out``, another process writes there or the
-    disk has no room, CheckpointError for weights that cannot be read or are not finite, OSError.
+    ``progress`` is told the bytes of every expert that is written; a file has ``file_bytes`` at
+    most, or one layer. Raises InputError if the model has no experts that convert, something else
+    is at ``out``, another process writes there or the disk has no room, CheckpointError for
+    weights that cannot be read or are not finite, and OSError.
     """
     target = target_of(folder, graph, form)
     found = converted_before(folder, graph, form, out)
@@ -74,7 +77,7 @@ def convert(
         return found
     with _partial(out) as partial:
         _check_room(partial, converted_bytes(target))
-        files = files_of(target)
+        files = files_of(target, file_bytes)
         layers = _write_files(folder, graph, form, files, partial, progress)
         if len(files) > 1:
             write_whole(index_text(files, converted_bytes(target)), partial / INDEX_FILE)
