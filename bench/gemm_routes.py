@@ -5,10 +5,11 @@
 All experts of a layer run over as many rows each, taken from the step's tokens and added up with
 their weights, with matrices that no cache holds, on one thread; the routes take turns, and of each
 the lowest CPU time counts. ``packed`` multiplies one expert after the other as ``loop`` does, but
-takes rows, activates and adds up for all of them at once; ``grouped`` multiplies at once too. The
-8-bit routes take int8 weights that were converted before and quantize rows as they come (per row,
-symmetric, for ``int_mm``; per tensor for oneDNN's ``qlinear``) or leave rows at 16 bits
-(``int8pack``). Their outputs differ, by the error that is given.
+takes rows, activates and adds up for all of them at once; ``grouped`` has one call for the
+products too. Both are the executor's, with rows padded to tiles. The 8-bit routes take int8 weights
+that were converted before and quantize rows as they come (per row, symmetric, for ``int_mm``; per
+tensor for oneDNN's ``qlinear``) or leave rows at 16 bits (``int8pack``). Their outputs differ, by
+the error that is given.
 """
 
 import argparse
@@ -23,8 +24,11 @@ from host import describe_machine
 from torch import Tensor
 from torch.nn import functional as F
 
-from dovetail.ir.gemm_tiles import LADDERS, tiles
-from dovetail.runtime.tokens import padded_rows
+from dovetail.ir.gemm_tiles import LADDERS
+from dovetail.runtime.expert_packs import run_pack
+from dovetail.runtime.linear import TiledLinear
+from dovetail.runtime.packed import Packed
+from dovetail.runtime.tokens import Routing, padded_rows
 
 SIZES = {"small": (64, 256, 128), "medium": (64, 1024, 512), "OLMoE": (16, 2048, 1024)}
 """Experts of a layer, hidden and intermediate size; of OLMoE's 64 experts 16."""
@@ -93,42 +97,21 @@ def loop_route(gate: Tensor, up: Tensor, down: Tensor) -> Route:
     return one_by_one([expert(*each) for each in zip(gate, up, down, strict=True)])
 
 
-def packed_route(gate: Tensor, up: Tensor, down: Tensor) -> Route:
-    """The same products, and all else for all experts at once."""
+def packed_route(gate: Tensor, up: Tensor, down: Tensor, grouped: bool) -> Route:
+    """All experts as one pack, by the executor's own code."""
+    linear, experts = TiledLinear(LADDERS[0]), range(len(gate))
+    loaded = [{"gate": gate[e], "up": up[e], "down": down[e]} for e in experts]
 
-    def products(x: Tensor, weights: Tensor, rows: int) -> Tensor:
-        out = x.new_empty(len(x), weights.shape[1])
-        for number, weight in enumerate(weights):
-            at = slice(number * rows, (number + 1) * rows)
-            torch.mm(x[at], weight.t(), out=out[at])
-        return out
-
-    def run(step: Rows) -> Tensor:
-        (tile,) = tiles(step.each, LADDERS[0])
-        spread = torch.zeros(len(gate), tile, dtype=torch.int64)
-        weights = torch.zeros(len(gate), tile)
-        spread[:, : step.each] = step.rows.view(-1, step.each)
-        weights[:, : step.each] = step.weights.view(-1, step.each)
-        rows = spread.view(-1)
-        x = step.x.index_select(0, rows)
-        y = products(F.silu(products(x, gate, tile)) * products(x, up, tile), down, tile)
-        total = torch.zeros(step.x.shape, dtype=torch.float32)
-        return total.index_add_(0, rows, y.float().mul_(weights.view(-1, 1)))
-
-    return run
-
-
-def grouped_route(gate: Tensor, up: Tensor, down: Tensor) -> Route:
-    """Three grouped products over all experts."""
+    def expert(x: Tensor, weights: Mapping[str, Packed]) -> Tensor:
+        h = F.silu(linear(x, weights["gate"])) * linear(x, weights["up"])
+        return linear(h, weights["down"])
 
     def run(step: Rows) -> Tensor:
-        x = step.x.index_select(0, step.rows)
-        ends = torch.arange(step.each, len(x) + 1, step.each, dtype=torch.int32)
-        h = F.silu(F.grouped_mm(x, gate.transpose(1, 2), offs=ends))
-        h = h * F.grouped_mm(x, up.transpose(1, 2), offs=ends)
-        y = F.grouped_mm(h, down.transpose(1, 2), offs=ends)
+        offsets = [step.each * e for e in range(len(gate) + 1)]
+        routing = Routing(step.rows, step.weights, offsets, (0,) * len(gate))
         total = torch.zeros(step.x.shape, dtype=torch.float32)
-        return total.index_add_(0, step.rows, y.float().mul_(step.weights))
+        run_pack(expert, step.x, routing, experts, loaded, total, LADDERS[0], grouped)
+        return total
 
     return run
 
@@ -229,8 +212,8 @@ def main() -> None:
             )
             routes = {
                 "loop": loop_route(gate, up, down),
-                "packed": packed_route(gate, up, down),
-                "grouped": grouped_route(gate, up, down),
+                "packed": packed_route(gate, up, down, grouped=False),
+                "grouped": packed_route(gate, up, down, grouped=True),
                 "qlinear": eight_bit_route(gate, up, down, "qlinear"),
                 "int_mm": eight_bit_route(gate, up, down, "int_mm"),
                 "int8pack": eight_bit_route(gate, up, down, "int8pack"),

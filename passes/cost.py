@@ -166,8 +166,8 @@ class Costs:
 def _expert_ops(rows: float, tile: int, pack: int, grouped: bool) -> float:
     """Operators of one expert: three products, and its share of those that a pack takes together;
     a pack has some more to say which rows are whose. A product in a group takes half an operator,
-    and a dozen more find out where the matrices are: the two meet at 8 experts (measured)."""
+    and 18 more find out where the matrices are: the two meet at 12 experts (measured)."""
     together = pack // max(1.0, rows)
     if together < 2:
         return 12 * max(1.0, rows / tile)
-    return 1.5 + 28 / together if grouped and together >= 8 else 3 + 16 / together
+    return 1.5 + 34 / together if grouped and together >= 12 else 3 + 16 / together

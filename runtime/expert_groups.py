@@ -19,9 +19,9 @@ GROUPED = (torch.float32, torch.bfloat16, torch.float16)
 """The types of ``grouped_mm``."""
 WORD = 16
 """Rows have to be whole words of so many bytes."""
-FEWEST = 8
+FEWEST = 12
 """With fewer products in a call, finding out where the matrices are takes what the call saves: half
-a microsecond for each product of 64 (256 x 128, bf16, Zen 5), nothing for each of 8."""
+a microsecond for each of 64 products (256 x 128, bf16, Zen 5), less than nothing for each of 8."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +84,11 @@ class Groups:
         base, item = first.data_ptr(), first.element_size()
         size = (weights[1].data_ptr() - base) // numbers[1]
         places = (base + number * size for number in numbers)
-        if size <= 0 or size % item or any(w.data_ptr() != at for w, at in zip(weights, places, strict=True)):
+        if (
+            size <= 0
+            or size % item
+            or any(w.data_ptr() != at for w, at in zip(weights, places, strict=True))
+        ):
             return None
         shape = (self._slots.count, *first.shape)
         strides = (size // item, *first.stride())
