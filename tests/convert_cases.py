@@ -16,9 +16,9 @@ from dovetail.checkpoint import ModelFolder
 from dovetail.ir.moves import ExpertFormat
 from dovetail.ir.placement import experts_of
 from dovetail.ir.task_graph import Experts, ExpertTensor, TaskGraph
+from dovetail.passes.expert_precision import GROUP
 
 LARGEST = {"int8": 127, "int4": 7}
-GROUP = 64
 
 
 @dataclass(frozen=True)

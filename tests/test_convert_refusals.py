@@ -159,7 +159,10 @@ def test_refuses_experts_of_another_checkpoint(source: Source, place: Path, tmp_
 
 
 def test_refuses_another_format(source: Source, place: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"found int8 experts, expected int4; remove that"):
+    expected = (
+        r"found experts in int8 \(order kn\), expected int4 \(order nk, a scale for \d+ inputs"
+    )
+    with pytest.raises(CheckpointError, match=expected):
         open_converted(source.folder, "int4", place)
 
 
@@ -176,7 +179,8 @@ def test_refuses_torn_folders(source: Source, place: Path) -> None:
         record[: len(record) // 2]: "not a readable record of converted experts",
         "[]": "not a dovetail record of converted experts",
         record.replace('"version": 1', '"version": 7'): "version 7, this dovetail reads 1",
-        record.replace('"format": "int8"', '"format": "int2"'): "$.format: found 'int2'",
+        record.replace('"format": "int8"', '"format": "int2"'): ".format: found 'int2'",
+        record.replace('"order": "kn"', '"order": "nk"'): "does not match the content",
         record.replace('"layer": 1', '"layer": 2'): "does not match the content",
     }.items():
         (place / RECORD_FILE).write_text(text)

@@ -12,9 +12,11 @@ from types import MappingProxyType
 from dovetail.checkpoint import ModelFolder
 from dovetail.ir import codec
 from dovetail.ir.errors import CheckpointError, PlanError
+from dovetail.ir.kernel_parts import Weights
 from dovetail.ir.moves import ExpertFormat
 from dovetail.ir.record_file import load_record
 from dovetail.ir.units import format_bytes
+from dovetail.passes.expert_precision import weights_of
 from dovetail.runtime.safetensors_index import CheckpointIndex
 
 RECORD_FILE = "experts.json"
@@ -45,11 +47,12 @@ class ConvertedFile:
 class ConvertedExperts:
     """What a folder of converted experts holds, and of which checkpoint and task graph (digests).
 
-    ``source_bytes`` and ``nbytes`` are those of the routed experts, before and after.
+    ``weights`` is the format to the last detail, ``source_bytes`` and ``nbytes`` are those of the
+    routed experts, before and after.
     """
 
     version: int
-    format: ExpertFormat
+    weights: Weights
     checkpoint: str
     graph: str
     source_bytes: int
@@ -112,8 +115,11 @@ def open_converted(
         )
     record = read_record(place, command)
     again = f"remove that folder and run `{command}`"
-    if record.format != form:
-        raise CheckpointError(f"{place}: found {record.format} experts, expected {form}; {again}")
+    if record.weights != weights_of(form):
+        raise CheckpointError(
+            f"{place}: found experts in {_described(record.weights)}, expected "
+            f"{_described(weights_of(form))}; {again}"
+        )
     if record.checkpoint != folder.index.digest():
         raise CheckpointError(
             f"{place}: found the experts of another checkpoint ({record.checkpoint[:12]}), expected"
@@ -145,6 +151,11 @@ def read_record(place: Path, command: str) -> ConvertedExperts:
         )
     except PlanError as error:
         raise CheckpointError(f"{error}: remove {place} and run `{command}`") from None
+
+
+def _described(weights: Weights) -> str:
+    groups = f", a scale for {weights.scale_k} inputs" if weights.scale_k else ""
+    return f"{weights.format} (order {weights.order}{groups})"
 
 
 def _index_of(place: Path, record: ConvertedExperts, again: str) -> CheckpointIndex:

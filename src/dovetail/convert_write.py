@@ -43,7 +43,7 @@ from dovetail.ir.record_file import fields, write_whole
 from dovetail.ir.task_graph import TaskGraph
 from dovetail.ir.units import format_bytes
 from dovetail.locked_file import open_locked
-from dovetail.passes.expert_precision import with_precision
+from dovetail.passes.expert_precision import weights_of, with_precision
 from dovetail.runtime.pools import torch_dtype
 from dovetail.runtime.safetensors_index import CheckpointIndex
 from dovetail.runtime.weight_store import Tensors
@@ -83,7 +83,7 @@ def convert(
             write_whole(index_text(files, converted_bytes(target)), partial / INDEX_FILE)
         record = ConvertedExperts(
             RECORD_VERSION,
-            form,
+            weights_of(form),
             folder.index.digest(),
             codec.digest(graph),
             converted_bytes(graph),
