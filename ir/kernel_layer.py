@@ -76,12 +76,36 @@ class LayerKernels:
 
 
 @dataclass(frozen=True, slots=True)
+class RungEvidence:
+    """What a measurement found of a rung's kernels on the GPU that ``environment`` names: their
+    time over that of the cost model's choice, the typical one of ``pairs`` runs in turn, between
+    ``low`` and ``high`` with the confidence that ``tuning_db.winners`` asks for; median seconds of
+    both, and the largest difference of their outputs as a share of the largest output.
+
+    ``trials`` kernels were timed, and ``refused`` points of the space were not compiled.
+    """
+
+    ratio: float
+    low: float
+    high: float
+    pairs: int
+    seconds: float
+    default_seconds: float
+    max_error: float
+    trials: int
+    refused: int
+    environment: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
 class KernelRung:
     """The kernels for token counts of ``bucket`` (first, last): files of a plan's references by
-    what they do (sort, up, down, reduce)."""
+    what they do (sort, up, down, reduce). ``measured`` is there where a measurement chose them, not
+    the cost model."""
 
     bucket: tuple[int, int]
     files: Mapping[str, str]
+    measured: RungEvidence | None = field(default=None, metadata=codec.LATER)
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,10 +23,18 @@ def kernel_lines(plan: Plan) -> Iterator[str]:
                 if reference is not None and isinstance(reference.spec, GemmSpec):
                     digest = reference.source_digest[:10]
                     tiles.append(f"{role} {tile_text(reference.spec)} ({digest})")
+            if rung.measured is not None:
+                tiles.append(f"measured, {rung.measured.ratio:.3f} of the model's choice")
             rows.append((f"to {rung.bucket[1]} tokens", *tiles))
         yield from table(rows)
     if plan.kernels:
-        yield f"  {len(plan.kernels)} sources beside the plan, chosen by the cost model"
+        measured = any(rung.measured for ladder in plan.ladders for rung in ladder.rungs)
+        by = (
+            "a measurement where it says so, else by the cost model"
+            if measured
+            else "the cost model"
+        )
+        yield f"  {len(plan.kernels)} sources beside the plan, chosen by {by}"
     if plan.no_kernels:
         yield f"no kernels, torch's products instead: {plan.no_kernels}"
 

@@ -19,8 +19,8 @@ Knobs = Mapping[str, int | bool | str]
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """What is tuned: ``op`` is ``schedule`` or the name of a kernel, ``signature`` all that its
-    code depends on beside a trial's parameters."""
+    """What is tuned: ``op`` is ``schedule``, or ``kernel`` for those of a layer's experts,
+    ``signature`` all that its code depends on beside a trial's parameters."""
 
     op: str
     signature: Mapping[str, str | int]
@@ -28,12 +28,14 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Protocol:
-    """How a trial is timed. ``mode`` is ``whole`` (the workload from its first step to its last) or
-    ``simulated`` (the cost model's seconds); ``sample`` the workload that is run, often a part of
-    the one that is tuned for; ``default`` names what candidates are compared with (the digest of
-    its moves); ``paired`` says that it runs beside every sample."""
+    """How a trial is timed. ``mode`` is ``whole`` (the workload from its first step to its last),
+    ``simulated`` (the cost model's seconds), ``graphs`` (replays of kernels on a GPU) or
+    ``interpreted`` (kernels tried with no GPU; seconds mean nothing); ``sample`` the workload that
+    is run, often a part of the one that is tuned for; ``default`` names what candidates are
+    compared with (the digest of its moves, or of its kernels); ``paired`` says that it runs beside
+    every sample."""
 
-    mode: Literal["whole", "simulated"]
+    mode: Literal["whole", "simulated", "graphs", "interpreted"]
     sample: Workload
     default: str = ""
     paired: bool = True

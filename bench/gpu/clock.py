@@ -5,13 +5,13 @@
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
-Work = Callable[[], object]
+from dovetail.kernels.timing import Work, captured, event_seconds, rounds_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,33 +55,10 @@ class CudaClock:
         for _ in range(2):
             once()
         torch.cuda.synchronize()
-        replay, how = (self._captured(once), "graph") if graph else (once, "eager")
-        rounds = max(1, int(self.least_seconds / max(self._seconds(replay, 1), 1e-7)))
-        samples = [self._seconds(replay, rounds) / len(works) for _ in range(self.repeats)]
+        replay, how = (captured(once), "graph") if graph else (once, "eager")
+        rounds = rounds_of(event_seconds(replay, 1), self.least_seconds)
+        samples = [event_seconds(replay, rounds) / len(works) for _ in range(self.repeats)]
         return Timing(statistics.median(samples), min(samples), max(samples), how)
-
-    @staticmethod
-    def _captured(once: Work) -> Work:
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            once()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            once()
-        return graph.replay
-
-    @staticmethod
-    def _seconds(replay: Work, rounds: int) -> float:
-        begin = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        begin.record()
-        for _ in range(rounds):
-            replay()
-        end.record()
-        end.synchronize()
-        return float(begin.elapsed_time(end)) / 1e3 / rounds
 
 
 class HostClock:

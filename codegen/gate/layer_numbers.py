@@ -112,8 +112,13 @@ def check_layer(
     return _verdict(layer, found, layer_reference(layer, x, logits, weights, gate))
 
 
+def tolerance(layer: LayerSpec) -> float:
+    """The deviation from float64 that rounding explains, as a share of the largest value."""
+    return _ROUNDINGS * _ROUNDING[layer.x]
+
+
 def _verdict(layer: LayerSpec, found: Tensor, expected: Tensor) -> Verdict:
-    allowed = _ROUNDINGS * _ROUNDING[layer.x] * expected.abs().max()
+    allowed = tolerance(layer) * expected.abs().max()
     return Verdict(float((found.double() - expected).abs().max() / allowed))
 
 

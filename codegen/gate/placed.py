@@ -35,6 +35,22 @@ def put(expert: Tensor, spec: GemmSpec, matrix: Tensor, bias: Tensor | None) -> 
             expert[at : at + part.numel()] = part
 
 
+def taken(expert: Tensor, spec: GemmSpec) -> tuple[Tensor, Tensor | None]:
+    """The matrix [outputs, inputs] and bias [outputs] that the spec reads from an expert's flat
+    slot: what ``put`` wrote."""
+    assert spec.place is not None
+    share = spec.outputs // len(spec.place.matrices)
+    parts = [expert[at : at + share * spec.k] for at in spec.place.matrices]
+    turned = spec.weights.order == "kn"
+    matrix = torch.cat(
+        [p.view(spec.k, share).T if turned else p.view(share, spec.k) for p in parts]
+    )
+    if not spec.bias:
+        return matrix, None
+    share = spec.outputs // len(spec.place.biases)
+    return matrix, torch.cat([expert[at : at + share] for at in spec.place.biases])
+
+
 def scattered(count: int, elements: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
     """A pool [slots, elements] with two slots more than experts, and the slot of each expert, int32
     [count]; the last expert has none (-1) where there are two or more."""

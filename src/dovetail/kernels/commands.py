@@ -1,4 +1,4 @@
-"""`dovetail kernels make|check`: a model's fused MoE kernels as files that one can read."""
+"""`dovetail kernels make|check|tune`: a model's fused MoE kernels as files that one can read."""
 
 import argparse
 import json
@@ -31,6 +31,30 @@ def kernels_parser(parser: argparse.ArgumentParser) -> None:
     check = actions.add_parser("check", help="compare sources with their manifest")
     check.add_argument("folder", type=Path, metavar="DIR")
     check.set_defaults(command=_check)
+    tune = actions.add_parser("tune", help="measure kernels for a GPU plan, and put winners in it")
+    tune.add_argument("plan", type=Path, metavar="PLAN", help="for the GPU of this machine")
+    tune.add_argument("-o", "--out", type=Path, default=Path("plan.json"), help="the plan to write")
+    tune.add_argument("--db", type=Path, metavar="FILE.db", help="the cache's by default")
+    tune.add_argument("--time", default="5m", metavar="DURATION", help="of all token counts")
+    tune.add_argument(
+        "--sampler", default="coordinate", choices=("coordinate", "tpe", "nsga2", "random")
+    )
+    tune.add_argument("--seed", type=int, default=0)
+    tune.add_argument(
+        "--target", default="cuda", choices=("cuda", "host"),
+        help="host tries the search in Triton's interpreter and leaves the plan as it is",
+    )  # fmt: skip
+    tune.add_argument(
+        "--replay", type=Path, metavar="FILE.db", help="decide from these rows, time nothing"
+    )
+    tune.add_argument("--json", action="store_true", help="print what was found as JSON")
+    tune.set_defaults(command=_tune)
+
+
+def _tune(options: argparse.Namespace) -> int:
+    from dovetail.tuning.kernel_tune import tune
+
+    return tune(options)
 
 
 def _make(options: argparse.Namespace) -> int:

@@ -20,6 +20,7 @@ from dovetail.ir.kernel_layer import (
     KernelRung,
     LayerKernels,
     LayerSpec,
+    RungEvidence,
 )
 from dovetail.ir.kernel_spec import GemmSpec, KernelSpec, ReduceSpec, SortSpec, spec_digest
 from dovetail.ir.plan import Plan
@@ -114,20 +115,24 @@ def kernel_seconds(plan: Plan) -> Iterator[tuple[str, int, float, float]]:
             yield ", ".join(ladder.bodies), tokens, up, down
 
 
-def with_rung(plan: Plan, bodies: tuple[str, ...], kernels: LayerKernels) -> Plan:
-    """The plan with other kernels for one bucket of these bodies, as a measurement found them.
-    Raises PlanError where it has no such bucket."""
+def with_rung(
+    plan: Plan,
+    bodies: tuple[str, ...],
+    kernels: LayerKernels,
+    measured: RungEvidence | None = None,
+) -> Plan:
+    """The plan with other kernels for one bucket of these bodies, and what a measurement found of
+    them. Raises PlanError where it has no such bucket."""
     arch, ladders, specs = ARCHS[kernels.arch], [], dict[KernelSpec, None]()
     found = False
     for ladder in plan.ladders:
-        rungs = list(ladder_kernels(plan, ladder))
-        if ladder.bodies == bodies:
-            at = [index for index, rung in enumerate(rungs) if rung.bucket == kernels.bucket]
-            found = found or bool(at)
-            for index in at:
-                rungs[index] = kernels
-        specs |= dict.fromkeys(spec for rung in rungs for spec in rung.specs())
-        ladders.append(replace(ladder, rungs=tuple(map(_rung, rungs))))
+        rungs = []
+        for rung, now in zip(ladder.rungs, ladder_kernels(plan, ladder), strict=True):
+            here = ladder.bodies == bodies and rung.bucket == kernels.bucket
+            found = found or here
+            specs |= dict.fromkeys((kernels if here else now).specs())
+            rungs.append(replace(_rung(kernels), measured=measured) if here else rung)
+        ladders.append(replace(ladder, rungs=tuple(rungs)))
     if not found:
         raise PlanError(
             f"the plan has no kernels of {', '.join(bodies)} for {kernels.bucket[0]} to "

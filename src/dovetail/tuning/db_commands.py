@@ -11,6 +11,7 @@ from typing import Any
 
 from dovetail.ir.errors import InputError
 from dovetail.ir.units import format_bytes
+from dovetail.tuning.kernel_key import gpu_fields
 from dovetail.tuning.staleness import Grade, compare, environment_here
 from dovetail.tuning_db.database import Database, default_path
 from dovetail.tuning_db.maintain import check, counts, export, merge, prune
@@ -96,7 +97,7 @@ def _status(database: Database) -> dict[str, Any]:
 
 def _environments(database: Database) -> Iterator[tuple[int, str, Grade]]:
     """Every environment's id, what it is, and how far from here it is, its disk left aside."""
-    here = environment_here()
+    processor, gpu = environment_here(), dict(gpu_fields())
     for number, silicon, software in database.rows(
         "SELECT id, silicon, software FROM environment ORDER BY id"
     ):
@@ -104,7 +105,8 @@ def _environments(database: Database) -> Iterator[tuple[int, str, Grade]]:
         told = database.record(silicon, dict[str, str], where)
         told |= database.record(software, dict[str, str], where)
         told.pop("disk", None)
-        found = compare(told, here)
+        # Trials of kernels are of a GPU, whatever processor is beside it.
+        found = compare(told, gpu if "cc" in told else processor)
         name = told.get("processor") or told.get("device_name") or "unnamed processor"
         differs = "; ".join(str(each) for each in found.differences)
         yield number, f"{name}{f' ({differs})' if differs else ''}", found.grade

@@ -12,10 +12,11 @@ from dovetail.tuning_db.winners import pooled
 
 
 class Known:
-    """All trials of a key, those of other tuners at work on the same file too."""
+    """All trials of a key, those of other tuners at work on the same file too. ``part`` is the one
+    of a trial's parameters that names its candidate."""
 
-    def __init__(self, trials: Trials, key: Key) -> None:
-        self._trials, self._key, self._place = trials, key, 0
+    def __init__(self, trials: Trials, key: Key, part: str = "moves") -> None:
+        self._trials, self._key, self._part, self._place = trials, key, part, 0
         self.rows: list[Trial] = []
         self.by_digest: dict[str, Trial] = {}
         self.over: set[str] = set()
@@ -25,10 +26,10 @@ class Known:
         for place, trial in self._trials.since(self._key, self._place):
             self._place = place
             self.rows.append(trial)
-            if "moves" not in trial.parameters:
+            if self._part not in trial.parameters:
                 self.over.add(codec.digest(trial.knobs))
             elif trial.state != "throttled":
-                name = codec.digest(trial.parameters["moves"])
+                name = codec.digest(trial.parameters[self._part])
                 same = [self.by_digest[name]] if name in self.by_digest else []
                 (self.by_digest[name],) = pooled([*same, trial])
 

@@ -31,11 +31,12 @@ Floats = NDArray[numpy.floating]
 
 
 class Residuals:
-    """What to expect of points of a space; ``shares`` are those of the time that knobs act on."""
+    """What to expect of points of a space; ``shares`` are those of the time that knobs act on,
+    ``doubt`` is that of knobs which DOUBTS does not name."""
 
-    def __init__(self, space: Ladders, shares: Mapping[str, float]) -> None:
+    def __init__(self, space: Ladders, shares: Mapping[str, float], doubt: float = DOUBT) -> None:
         self._space = space
-        self._spread = {n: DOUBTS.get(n, DOUBT) + DOUBT * shares.get(n, 0.0) for n in space.ladders}
+        self._spread = {n: DOUBTS.get(n, doubt) + DOUBT * shares.get(n, 0.0) for n in space.ladders}
         self._places: dict[Term, int] = {}
         self._mean: Floats = numpy.zeros(0)
         self._covariance: Floats = numpy.zeros((0, 0))

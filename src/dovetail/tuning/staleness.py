@@ -161,8 +161,18 @@ def plan_staleness(plan: Plan, now: Mapping[str, str] | None = None) -> Stalenes
 @cache
 def code_digest() -> str:
     """Digest of the code that decides what a schedule's executor says and does, comments aside."""
+    return _digest_of(_CODE)
+
+
+@cache
+def kernel_code_digest() -> str:
+    """Digest of the code that turns a kernel's spec into text and launches, comments aside."""
+    return _digest_of(_KERNEL_CODE)
+
+
+def _digest_of(code: Mapping[str, tuple[str, ...]]) -> str:
     total = hashlib.sha256()
-    for room, names in _CODE.items():
+    for room, names in code.items():
         folder = resources.files(f"dovetail.{room}")
         found = sorted(p.name for p in folder.iterdir() if p.name.endswith(".py"))
         for name in names or found:
@@ -177,6 +187,11 @@ _CODE: dict[str, tuple[str, ...]] = {
     "passes": ("apply_moves.py", "lower.py"),
 }
 """Rooms, all their files or those named."""
+_KERNEL_CODE: dict[str, tuple[str, ...]] = {
+    "codegen.kernels": (),
+    "ir": ("kernel_layer.py", "kernel_parts.py", "kernel_spec.py"),
+    "kernels": ("rung_bench.py", "timing.py"),
+}
 
 
 def _grade(field: str, then: str, now: str) -> Grade:
