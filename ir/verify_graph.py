@@ -8,6 +8,7 @@ from dovetail.ir.errors import VerifyError
 from dovetail.ir.expr import DIMS
 from dovetail.ir.task_graph import (
     ITEMSIZE,
+    SCALE,
     Body,
     Experts,
     Op,
@@ -18,6 +19,7 @@ from dovetail.ir.task_graph import (
     Value,
     Weight,
 )
+from dovetail.ir.verify_scales import check_scales
 
 EXTERNAL = ("input_ids", "position_ids")
 """Inputs that come from outside of the model."""
@@ -173,7 +175,8 @@ def _check_experts(where: str, experts: Experts) -> None:
         )
     parts = [tensor.part for tensor in experts.tensors]
     _unique(parts, where, "part")
-    plain = {part.removesuffix("_bias") for part in parts}
+    plain = {part.removesuffix("_bias").removesuffix(SCALE) for part in parts}
+    check_scales(where, experts)
     if not plain <= _PARTS or {p for p in parts if p in _PARTS} not in (
         {"gate", "up", "down"},
         {"gate_up", "down"},

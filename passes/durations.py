@@ -155,6 +155,8 @@ class Durations:
         experts = experts_of(layout.graph, run.layer)
         assert experts is not None
         tokens = sum(sum(group.lengths) for group in step.groups if group.takes(run.layer))
+        if not tokens:  # prompts alone, in another group of layers (layered prefill)
+            return 0.0
         hit = 1 - (1 - experts.top_k / experts.count) ** tokens
         rows = tokens * experts.top_k / (experts.count * hit)
         count = len(self._program.settings.chunk_experts(run.layer, run.chunk)) * hit

@@ -17,7 +17,7 @@ from dovetail.ir.moves import ExpertFormat, precision_of
 from dovetail.ir.plan import Plan
 from dovetail.ir.task_graph import ITEMSIZE, SCALE, Body, Experts, ExpertTensor, TaskGraph
 
-GROUP = 64
+GROUP = 32
 """Inputs that share a scale of int4."""
 KEY = "dovetail.layers.{{layer}}.experts.{{expert}}.{part}"
 

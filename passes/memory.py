@@ -197,13 +197,14 @@ def _expert_temporaries(layout: Layout) -> int:
 
 
 def _quantised_temporaries(experts: Experts, rows: int, item: int) -> int:
-    """Rows in int8 and their sums in int32 and float32, or an int4 matrix in the model's type."""
-    widest = max(2 * experts.intermediate, experts.hidden)
+    """Rows in int8 and, on the way there, float32, and sums in int32 and float32; or an int4 matrix
+    in the model's type."""
+    matrices = [tensor for tensor in experts.tensors if tensor.parameters]
     match experts.precision:
         case "int8":
-            return rows * (5 * widest + 8 * widest)
+            return max(rows * (5 * t.shape[0] + 8 * t.shape[1]) for t in matrices)
         case "int4":
-            return max(tensor.parameters for tensor in experts.tensors) * (item + 1)
+            return max(t.parameters * item + t.nbytes for t in matrices)
     return 0
 
 

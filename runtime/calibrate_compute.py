@@ -85,7 +85,7 @@ def int4_rate(rows: int, width: int, cold_bytes: int, budget: float) -> float:
     first."""
     first = torch.randint(0, 256, (width, width // 2), dtype=torch.uint8)
     weights = [first, *(first.clone() for _ in range(max(1, cold_bytes // first.nbytes)))]
-    x, scale = torch.ones(rows, width, dtype=torch.bfloat16), torch.ones(width, max(1, width // 64))
+    x, scale = torch.ones(rows, width, dtype=torch.bfloat16), torch.ones(width, max(1, width // 32))
     with torch.inference_mode():
         seconds = best_seconds(
             lambda i: F.linear(x, int4_matrix(weights[i % len(weights)], scale, x.dtype)),

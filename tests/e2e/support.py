@@ -130,11 +130,12 @@ def save_tiny(model: PreTrainedModel, folder: Path) -> Tiny:
 def machine(dtype: str = "float32", workers: int = 2) -> Machine:
     """Made-up figures, so that plans do not depend on where the tests run."""
     rates = {dtype: Curve((1.0, 1024.0), (1e10, 1e11))}
+    fewer_bits = dict.fromkeys(("int8", "int4"), rates[dtype])
     return Machine(
         name="made up",
         tiers={"ram": 1 << 34, "disk": 1 << 40},
         workers=workers,
-        gemm=rates,
+        gemm=rates | fewer_bits,
         attention=rates,
         kv_bandwidth=rates,
         memory_bandwidth=1e10,
