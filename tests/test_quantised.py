@@ -55,7 +55,7 @@ def _wide(body: Body) -> Body:
     return replace(body, tasks=tuple(tasks))
 
 
-def _renamed(data: object) -> object:
+def _renamed(data: codec.Json) -> codec.Json:
     if isinstance(data, dict):
         return {name: _renamed(value) for name, value in data.items()}
     if isinstance(data, list):
@@ -125,7 +125,7 @@ def test_tiles_and_packs_change_nothing(form: ExpertFormat) -> None:
         scales.append(scale)
     x = torch.randn(40, 128).to(BF16)
     whole = linear(x, stored[0], scale=scales[0])
-    parts = [linear(part, stored[0], scale=scales[0]) for part in x.split((16, 16, 8))]
+    parts = [linear(part, stored[0], scale=scales[0]) for part in torch.split(x, (16, 16, 8))]
     assert torch.equal(whole, torch.cat(parts))
     ends = [8, 24, 40]
     together = linear(x, Packed(stored, ends), scale=Packed(scales, ends))
@@ -195,7 +195,7 @@ def test_allowed_format_is_chosen_where_it_is_faster() -> None:
     assert any("with experts as they are" in c.refused for c in slow_disk.candidates)
     layout = apply_moves(graph, slow_disk.moves)
     assert sum(ram_bytes(layout).values()) == slow_disk.prediction.peak_bytes
-    slow = {form: Curve((1.0,), (1e8,)) for form in FORMS}
+    slow: dict[str, Curve] = {form: Curve((1.0,), (1e8,)) for form in FORMS}
     fast_disk = machine(1e12)
     fast_disk = replace(fast_disk, gemm={**fast_disk.gemm, **slow})
     kept = choose_precision(graph, fast_disk, budget, WORKLOAD, "model_batch", allow=FORMS)
