@@ -125,7 +125,7 @@ def test_tiles_and_packs_change_nothing(form: ExpertFormat) -> None:
         scales.append(scale)
     x = torch.randn(40, 128).to(BF16)
     whole = linear(x, stored[0], scale=scales[0])
-    parts = [linear(part, stored[0], scale=scales[0]) for part in torch.split(x, (16, 16, 8))]
+    parts = [linear(part, stored[0], scale=scales[0]) for part in torch.split(x, [16, 16, 8])]
     assert torch.equal(whole, torch.cat(parts))
     ends = [8, 24, 40]
     together = linear(x, Packed(stored, ends), scale=Packed(scales, ends))
