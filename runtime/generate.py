@@ -12,6 +12,7 @@ from dovetail.ir.program import Program
 from dovetail.ir.task_graph import TaskGraph
 from dovetail.runtime.executor import Runtime
 from dovetail.runtime.memory_weights import MemoryWeights
+from dovetail.runtime.recorder import Recorder
 from dovetail.runtime.safetensors_index import CheckpointIndex
 from dovetail.runtime.sampling import Sampling, choose
 
@@ -43,6 +44,8 @@ Observer = Callable[[Sequence[tuple[int, int]], Tensor], None]
 
 class StepRunner(Protocol):
     """What runs steps: the CPU's runtime or a GPU's."""
+
+    recorder: Recorder
 
     def start(self) -> None:
         """Set memory aside and load what stays resident."""

@@ -1,24 +1,21 @@
 """Execute: `plan, captured model, prompts -> finished sequences`, and what it took."""
 
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from dovetail.capture.captured import Captured
 from dovetail.codegen.executor import emit_executor
-from dovetail.ir.batching import Request, Step
+from dovetail.executing import Executing
 from dovetail.ir.machine import LARGE_BLOCK
 from dovetail.ir.plan import Plan
 from dovetail.ir.program import Program
-from dovetail.ir.timeline import Timeline
 from dovetail.ir.units import format_bytes
 from dovetail.passes.apply_moves import apply_moves
 from dovetail.passes.lower import lower
 from dovetail.runtime import memory
-from dovetail.runtime.generate import Generator, Observer, StepReport
+from dovetail.runtime.executor import Runtime
+from dovetail.runtime.generate import Generator
 from dovetail.runtime.memory_weights import MemoryWeights
 from dovetail.runtime.routing_sink import RoutingSink
 from dovetail.runtime.safetensors_index import CheckpointIndex
@@ -30,22 +27,7 @@ more goes back to the system, so that what is held is what is counted. Keeping m
 faster: writing to memory that is new to the process costs several times a write."""
 
 
-@dataclass(slots=True)
-class Measured:
-    """What a run took: seconds by the clock, bytes by the pools and by the system."""
-
-    setup_seconds: float = 0.0
-    seconds: float = 0.0
-    steps: int = 0
-    tokens: int = 0
-    pool_bytes: int = 0
-    rss_bytes: int = 0
-    classes: dict[str, float] = field(default_factory=dict)
-    step_seconds: tuple[float, ...] = ()
-    timeline: Timeline = field(default_factory=lambda: Timeline("measured", ()))
-
-
-class Execution:
+class Execution(Executing[Runtime]):
     """A plan at work on a checkpoint; a context manager.
 
     ``source`` is the emitted executor; it is written to ``executor_file`` and compiled from there,
@@ -73,63 +55,20 @@ class Execution:
         executor_file.write_text(self.source, encoding="utf-8")
         functions: dict[str, Any] = {}
         exec(compile(self.source, str(executor_file), "exec"), functions)
-        self.measured = Measured()
-        self.steps_run: list[Step] = []
-        self._generator = Generator(
+        generator = Generator(
             graph, self.program, captured.constants, index, functions, sampling, stop_tokens
         )
-        self._generator.runtime.routing_sink = routing_sink
-        self._baseline = 0
-        self._begin = 0.0
+        generator.runtime.routing_sink = routing_sink
+        super().__init__(generator)
 
     def __enter__(self) -> Self:
         memory.malloc_trim()
-        memory.reset_peak_rss()
-        self._baseline = memory.rss_bytes()
-        self._begin = time.perf_counter()
-        self._generator.__enter__()
-        self.measured.setup_seconds = time.perf_counter() - self._begin
-        return self
+        return super().__enter__()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._take_stock()
-        self._generator.__exit__(kind, error, trace)
-
-    def configure(self, sampling: Sampling, stop_tokens: Sequence[int]) -> None:
-        """Choose tokens like this from the next run of ``steps`` on."""
-        self._generator.configure(sampling, stop_tokens)
-
-    def observe(self, observer: Observer) -> None:
-        """Show all logits to ``observer`` from now on."""
-        self._generator.observer = observer
-
-    def timeline(self) -> Timeline:
-        """What the engines did in the last steps, as measured."""
-        return self._generator.runtime.recorder.timeline()
-
-    def steps(
-        self, requests: Sequence[Request], prompt: Callable[[int], Sequence[int]]
-    ) -> Iterator[StepReport]:
-        """Run all requests; a report per step."""
-        for report in self._generator.steps(requests, prompt):
-            self.measured.steps += 1
-            self.steps_run.append(report.step)
-            self.measured.tokens += report.tokens
-            yield report
-
-    def _take_stock(self) -> None:
-        runtime, measured = self._generator.runtime, self.measured
-        measured.seconds = time.perf_counter() - self._begin
-        measured.pool_bytes = runtime.budget.peak
-        measured.rss_bytes = max(0, memory.peak_rss_bytes() - self._baseline)
-        measured.classes = runtime.recorder.totals
-        measured.step_seconds = tuple(runtime.recorder.step_seconds)
-        measured.timeline = runtime.recorder.timeline()
+    @property
+    def pool_bytes(self) -> int:
+        """Most bytes of ram that the pools ever held."""
+        return self._generator.runtime.budget.peak
 
 
 def plan_title(plan: Plan) -> dict[str, str]:

@@ -6,33 +6,29 @@ programs, pools and order are those of a GPU, its speed is not. It is for checki
 
 import argparse
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Self
 
 from dovetail.capture.captured import Captured
 from dovetail.checkpoint import ModelFolder
-from dovetail.execute import Measured, plan_title
+from dovetail.execute import plan_title
+from dovetail.executing import Executing
 from dovetail.gpu_execution import GpuPrograms, MakeDevice, gpu_generation
-from dovetail.ir.batching import Request, Step
 from dovetail.ir.errors import InputError, ModelError
 from dovetail.ir.machine import Machine
 from dovetail.ir.plan import Plan
-from dovetail.ir.timeline import Timeline
 from dovetail.machine_files import load_machine, machine_budget, save_machine
 from dovetail.passes.apply_moves import apply_moves
 from dovetail.passes.gpu.cost import GpuCosts
 from dovetail.passes.gpu.predict import GpuPredictor
 from dovetail.planning import find_machine
 from dovetail.report import Report
-from dovetail.runtime import memory
-from dovetail.runtime.generate import Observer, StepReport
 from dovetail.runtime.gpu.device import CudaDevice, require_gpu
 from dovetail.runtime.gpu.experts import Experts
 from dovetail.runtime.gpu.host_device import HostDevice
+from dovetail.runtime.gpu.runtime import GpuRuntime
 from dovetail.runtime.gpu.steady import SteadySteps
 from dovetail.runtime.memory_weights import MemoryWeights
 from dovetail.runtime.safetensors_index import CheckpointIndex
@@ -105,7 +101,7 @@ def _captured_text(steady: SteadySteps | None) -> str:
     return f"{steady.captures} steps were captured, and {steady.replays} replayed"
 
 
-class GpuExecution:
+class GpuExecution(Executing[GpuRuntime]):
     """A plan for a GPU at work on a checkpoint; a context manager, like ``Execution``.
 
     The emitted executors are written to ``folder``; ``graphs`` captures steps where it can. Raises
@@ -137,24 +133,23 @@ class GpuExecution:
         )
         make: MakeDevice = CudaDevice if target == "cuda" else HostDevice
         experts = self._kernels(folder / "kernels") if target == "cuda" else None
-        self._generator = gpu_generation(
-            self.programs,
-            self.layout,
-            captured,
-            index,
-            make,
-            sampling,
-            stop_tokens,
-            experts,
-            graphs,
+        super().__init__(
+            gpu_generation(
+                self.programs,
+                self.layout,
+                captured,
+                index,
+                make,
+                sampling,
+                stop_tokens,
+                experts,
+                graphs,
+            )
         )
         self._graphs = graphs
         self.captured = 0
         self.source = (folder / "segments.py").read_text(encoding="utf-8")
-        self.measured = Measured()
-        self.steps_run: list[Step] = []
         self.peaks: dict[str, int] = {}
-        self._begin, self._baseline = 0.0, 0
 
     def _kernels(self, folder: Path) -> Experts | None:
         """The plan's kernels for experts, their buffers within what it leaves to activations; None,
@@ -163,13 +158,10 @@ class GpuExecution:
 
         return plan_experts(self.plan, self.layout, folder, _note)
 
-    def __enter__(self) -> Self:
-        memory.reset_peak_rss()
-        self._baseline = memory.rss_bytes()
-        self._begin = time.perf_counter()
-        self._generator.__enter__()
-        self.measured.setup_seconds = time.perf_counter() - self._begin
-        return self
+    @property
+    def pool_bytes(self) -> int:
+        """Most bytes of ram that the pools ever held."""
+        return self._generator.runtime.memory.budgets["ram"].peak
 
     def __exit__(
         self,
@@ -177,44 +169,16 @@ class GpuExecution:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        runtime, measured = self._generator.runtime, self.measured
-        measured.seconds = time.perf_counter() - self._begin
+        runtime = self._generator.runtime
         self.peaks = {tier: budget.peak for tier, budget in runtime.memory.budgets.items()}
-        measured.pool_bytes = self.peaks["ram"]
-        measured.rss_bytes = max(0, memory.peak_rss_bytes() - self._baseline)
-        measured.classes = runtime.recorder.totals
-        measured.step_seconds = tuple(runtime.recorder.step_seconds)
-        measured.timeline = runtime.recorder.timeline()
-        self._generator.__exit__(kind, error, trace)
+        super().__exit__(kind, error, trace)
         self.captured = runtime.steady.captures if runtime.steady is not None else 0
         if self._graphs:
             _note(_captured_text(runtime.steady))
 
-    def configure(self, sampling: Sampling, stop_tokens: Sequence[int]) -> None:
-        """Choose tokens like this from the next run of ``steps`` on."""
-        self._generator.configure(sampling, stop_tokens)
-
-    def observe(self, observer: Observer) -> None:
-        """Show all logits to ``observer`` from now on."""
-        self._generator.observer = observer
-
-    def timeline(self) -> Timeline:
-        """What the engines did in the last steps, as measured; on a GPU nothing is yet."""
-        return self._generator.runtime.recorder.timeline()
-
     def held(self, tier: str) -> dict[str, int]:
         """The bytes that are set aside in a tier, by what they hold."""
         return self._generator.runtime.memory.budgets[tier].breakdown()
-
-    def steps(
-        self, requests: Sequence[Request], prompt: Callable[[int], Sequence[int]]
-    ) -> Iterator[StepReport]:
-        """Run all requests; a report per step."""
-        for report in self._generator.steps(requests, prompt):
-            self.measured.steps += 1
-            self.steps_run.append(report.step)
-            self.measured.tokens += report.tokens
-            yield report
 
     def report(self) -> Report:
         """The run that has ended against what was planned."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dovetail.execute import Measured
+from dovetail.executing import Measured
 from dovetail.ir import codec
 from dovetail.ir.batching import Step
 from dovetail.ir.plan import Plan
