@@ -5,7 +5,7 @@ import mmap
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Self
 
@@ -114,11 +114,14 @@ def rounded_matrix(
     Outputs have scales of their own, so that some of them are like a matrix of its own.
     """
     rows = max(1, PIECE_VALUES // matrix.shape[1])
-    pieces = list(pool.map(partial(_round, weights=weights), torch.split(matrix, rows)))
-    stored = torch.cat([p.stored for p in pieces], 1 if weights.order == "kn" else 0)
+    # Turned, if at all, once they are together: elements that lie in rows are rounded faster.
+    round_piece = partial(_round, weights=replace(weights, order="nk"))
+    pieces = list(pool.map(round_piece, torch.split(matrix, rows)))
+    stored = torch.cat([p.stored for p in pieces])
     scales = torch.cat([p.scales for p in pieces])
     norm = sum(p.norm for p in pieces)
-    return stored, scales, math.sqrt(sum(p.lost for p in pieces) / norm) if norm else 0.0
+    error = math.sqrt(sum(p.lost for p in pieces) / norm) if norm else 0.0
+    return stored.T.contiguous() if weights.order == "kn" else stored, scales, error
 
 
 def _round(matrix: Tensor, weights: Weights) -> _Piece:
