@@ -16,6 +16,7 @@ from workloads import read_answers, write_prompts
 from dovetail.capture.captured import load_captured
 from dovetail.ir.batching import Step
 from dovetail.ir.machine import Machine
+from dovetail.ir.moves import ExpertFormat
 from dovetail.ir.plan import load_plan
 from dovetail.ir.timeline import Timeline
 from dovetail.ir.workload import Workload
@@ -32,7 +33,7 @@ _POLL_SECONDS = 0.02
 class Task:
     """A `dovetail run` to do: the checkpoint, prompts of token ids, new tokens for each, a budget
     in bytes, and where to work. ``knobs`` fixes the policy's knobs, ``machine`` is a machine file
-    ("" for this machine)."""
+    ("" for this machine); experts may be in the formats that ``allow`` lists."""
 
     checkpoint: Path
     prompts: Sequence[Sequence[int]]
@@ -42,6 +43,7 @@ class Task:
     policy: str = "auto"
     knobs: Mapping[str, int | bool] | None = None
     machine: str = ""
+    allow: tuple[ExpertFormat, ...] = ()
 
     def request(self) -> Request:
         """The task as the planner takes it."""
@@ -52,6 +54,7 @@ class Task:
             policy=self.policy,
             knobs=self.knobs,
             machine=self.machine,
+            allow=self.allow,
         )
 
 
@@ -146,6 +149,7 @@ def _arguments(task: Task, prompts: Path, out: Path) -> list[str]:
     arguments += ["--prompts", str(prompts), "--out", str(out), "--json", "--ignore-eos"]
     arguments += ["--budget", f"ram={task.budget}", "--max-new-tokens", str(task.new_tokens)]
     arguments += ["--policy", task.policy, "--machine", task.machine]
+    arguments += [word for form in task.allow for word in ("--allow", form)]
     if task.knobs is not None:
         plan_apart(task.request(), task.place / "plan", _silent)
         arguments += ["--plan", str(task.place / "plan" / PLAN_FILE)]
