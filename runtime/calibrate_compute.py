@@ -21,7 +21,7 @@ from dovetail.runtime.attention import attention
 from dovetail.runtime.calibrate_spec import Spec
 from dovetail.runtime.kv_store import KvGroup, KvStore
 from dovetail.runtime.pools import Arena, TierBudget
-from dovetail.runtime.quantised import int4_matrix, int8_linear, rounded
+from dovetail.runtime.quantised import int4_matrix
 
 WINDOW_SECONDS = 0.025
 MIN_WINDOWS = 2
@@ -67,15 +67,14 @@ def gemm_rate(rows: int, weights: Sequence[Tensor], budget: float) -> float:
 
 
 def int8_rate(rows: int, width: int, cold_bytes: int, budget: float) -> float:
-    """FLOP/s of bfloat16 rows with int8 matrices that are not in cache, rounding included."""
+    """FLOP/s of rows in int8 with matrices that are not in cache; rounding them and scaling sums
+    take as long as their bytes take to move, whatever the matrix."""
     first = torch.randint(-127, 128, (width, width), dtype=torch.int8)
     weights = [first, *(first.clone() for _ in range(max(1, cold_bytes // first.nbytes)))]
-    x, scale = torch.ones(rows, width, dtype=torch.bfloat16), torch.ones(width)
+    x = torch.ones(rows, width, dtype=torch.int8)
     with torch.inference_mode():
         seconds = best_seconds(
-            lambda i: int8_linear(rounded(x), weights[i % len(weights)], scale),
-            len(weights),
-            budget,
+            lambda i: torch._int_mm(x, weights[i % len(weights)]), len(weights), budget
         )
     return 2 * rows * width * width / seconds
 

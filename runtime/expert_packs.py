@@ -100,9 +100,9 @@ def run_pack(
     sizes: Sequence[int],
     grouped: bool = False,
 ) -> None:
-    """Add a pack's outputs for the step's tokens ``x [tokens, hidden]`` to ``total``; ``loaded`` has
-    the experts' weights, ``function`` runs one expert. With ``grouped`` the products of a part whose matrices stand at
-    equal distances in memory are one call."""
+    """Add a pack's outputs for the step's tokens ``x [tokens, hidden]`` to ``total``; ``loaded``
+    has the experts' weights, ``function`` runs one expert. With ``grouped`` the products of a part
+    whose matrices stand at equal distances in memory are one call."""
     slots = Slots.of([next(iter(each.values())) for each in loaded]) if grouped else None
     where = PackRows.of(pack, routing, sizes, slots.order if slots else None)
     groups = None
