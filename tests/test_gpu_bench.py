@@ -1,5 +1,6 @@
 """The GPU bench where there is no GPU: it says so, and a dry run without time says what it left."""
 
+import dataclasses
 import importlib
 import importlib.util
 import json
@@ -10,6 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from tests.kernel_tune_cases import FakeBench
+
+from dovetail.codegen.gate.suite import QWEN3_30B
+from dovetail.codegen.kernels.arch import ARCHS
 
 SCRIPT = Path(__file__).parents[1] / "bench" / "gpu" / "run.py"
 needs_triton = pytest.mark.skipif(
@@ -48,6 +53,25 @@ def test_a_dry_run_checks_numbers_and_layers(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     answers = json.loads(out.with_suffix(".json").read_text(encoding="utf-8"))["answers"]
     assert {answer["question"] for answer in answers} == {"launch floor"}
+
+
+@needs_triton
+def test_tuned_kernels_stand_beside_the_models_choice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    bench: Any = importlib.import_module("tuned")
+    monkeypatch.setattr(bench, "host_bench", lambda rung, scratch: FakeBench())
+    rows, layer = tmp_path / "rows.db", dataclasses.replace(QWEN3_30B, experts=16)
+    decided = bench.tune_layer(layer, (16, 256), ARCHS["sm_90"], 60.0, rows, True)
+    assert [one.rung.space.bucket for one in decided] == [(2, 16), (65, 256)]
+    page: Any = importlib.import_module("report").Report({}, tuned=decided)
+    text = page.text()
+    assert "## Tuned kernels" in text
+    assert text.count("tuned kernels take 0.") == 2
+    page.write(tmp_path / "out.md")
+    found = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))["tuned"]
+    assert all(one["measured"]["ratio"] < 0.95 for one in found)
 
 
 def test_whole_models_run_dry_by_the_executor(

@@ -2,6 +2,9 @@
 
 import dataclasses
 import random
+import subprocess
+import sys
+import textwrap
 from collections import Counter
 from pathlib import Path
 
@@ -16,6 +19,7 @@ from dovetail.ir import codec
 from dovetail.ir.kernel_layer import LayerKernels, LayerSpec
 from dovetail.kernels.bench import KernelFailure
 from dovetail.tuning.gate import CONFIRM, DEFAULT, GATE, SEARCH
+from dovetail.tuning.kernel_attempts import Attempts
 from dovetail.tuning.kernel_key import rung_key, rung_task
 from dovetail.tuning.kernel_rows import GAIN, kernel_winner, kernels_of
 from dovetail.tuning.kernel_space import KernelSpace
@@ -133,6 +137,30 @@ def test_cut_anywhere_it_goes_on_and_times_nothing_twice(tmp_path: Path) -> None
     last = cases.FakeBench()
     cases.run(path, last)
     assert last.loads == []
+
+
+def test_kernels_that_end_the_process_twice_are_not_loaded_again(tmp_path: Path) -> None:
+    place = tmp_path / "t.db.trying"
+    ends = textwrap.dedent(f"""
+        import os
+        from pathlib import Path
+        from dovetail.tuning.kernel_attempts import Attempts
+        with Attempts(Path({str(place)!r})).at("abc"):
+            os._exit(3)
+    """)
+    for _ in range(2):
+        assert subprocess.run([sys.executable, "-c", ends], check=False).returncode == 3
+    with (
+        pytest.raises(KernelFailure, match="ended the process 2 times"),
+        Attempts(place).at("abc"),
+    ):
+        raise AssertionError("it is tried again")
+    with Attempts(place).at("other"):
+        # It is this process's own, and so not one that has ended.
+        assert len(list(place.iterdir())) == 3
+    with pytest.raises(ValueError, match="it fails"), Attempts(place).at("other"):
+        raise ValueError("it fails")
+    assert len(list(place.iterdir())) == 2
 
 
 def test_noise_alone_gives_no_winner(tmp_path: Path) -> None:

@@ -14,6 +14,8 @@ from tiles import Tried, kendall
 
 from dovetail.ir import codec
 from dovetail.ir.kernel_text import tile_text
+from dovetail.tuning.kernel_rungs import Decided
+from dovetail.tuning.kernel_table import HEADER, rung_record, rung_row
 
 
 @dataclass(slots=True)
@@ -27,6 +29,7 @@ class Report:
     tiles: list[Tried] = field(default_factory=list)
     answers: list[Answer] = field(default_factory=list)
     runs: list[Run] = field(default_factory=list)
+    tuned: list[Decided] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
 
     def write(self, out: Path) -> None:
@@ -41,6 +44,7 @@ class Report:
             "tiles": [asdict(tried) | {"spec": codec.encode(tried.spec)} for tried in self.tiles],
             "answers": [asdict(answer) for answer in self.answers],
             "runs": [run.record() for run in self.runs],
+            "tuned": [rung_record(one) for one in self.tuned],
             "skipped": self.skipped,
         }
         text = json.dumps(data, indent=1) + "\n"
@@ -56,7 +60,7 @@ class Report:
                 f"bf16 product {self.peaks.flops / 1e12:.0f} TFLOP/s.",
             ]
         parts += self._numbers() + self._layers() + self._tiles() + self._answers()
-        parts += self._runs()
+        parts += self._runs() + self._tuned()
         if self.skipped:
             parts += ["", "## Left out", "", *(f"- {line}" for line in self.skipped)]
         return "\n".join(parts) + "\n"
@@ -111,11 +115,29 @@ class Report:
         lines = [f"- {line}" for line in end_to_end_verdicts(self.runs)]
         return ["", "## End to end", "", _table(header, map(_run_row, self.runs)), "", *lines]
 
+    def _tuned(self) -> list[str]:
+        if not self.tuned:
+            return []
+        lines = [f"- {line}" for line in tuned_verdicts(self.tuned)]
+        table = _table(HEADER, map(rung_row, self.tuned))
+        return ["", "## Tuned kernels", "", table, "", *lines]
+
     def _answers(self) -> list[str]:
         if not self.answers:
             return []
         rows = [(answer.question, answer.what, answer.answer) for answer in self.answers]
         return ["", "## Launches and binaries", "", _table(("", "what", "found"), rows)]
+
+
+def tuned_verdicts(tuned: Sequence[Decided]) -> list[str]:
+    """What the search gained over the cost model's choice, rung by rung."""
+    return [
+        f"{one.rung.name}: tuned kernels take {one.measured.ratio:.3f} of the time "
+        f"({one.measured.low:.3f} to {one.measured.high:.3f}, {one.measured.pairs} pairs)"
+        if one.measured
+        else f"{one.rung.name}: the cost model's kernels stay: {one.reason}"
+        for one in tuned
+    ]
 
 
 def _run_row(run: Run) -> tuple[str, ...]:

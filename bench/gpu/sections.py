@@ -26,6 +26,8 @@ from dovetail.codegen.kernels.arch import ARCHS, Arch
 from dovetail.ir.kernel_layer import LayerSpec
 
 COUNTS = (1, 16, 64, 256, 4096, 16384)
+TUNED_SECONDS = 200
+"""For the search of a layer's kernels."""
 
 
 class Bench:
@@ -128,6 +130,23 @@ class Bench:
             del bench
             self._free()
 
+    def tuned(self) -> None:
+        """Kernels found by measuring, in turn with those that the cost model chooses."""
+        try:
+            from tuned import tune_layer
+        except ImportError as error:
+            self.report.skipped.append(f"tuned kernels: {error}")
+            return
+        asked = ((QWEN3_30B, (16, 256)), (MIXTRAL_8X7B, (16, 4096)))
+        for layer, counts in asked:
+            seconds = TUNED_SECONDS if not self.dry else 2
+            if self.fits(f"tuned kernels of {layer.name}", seconds):
+                made, rows = self.small(layer), self.out.with_suffix(".db")
+                few = counts[:1] if self.dry else counts
+                self.report.tuned += tune_layer(made, few, self.arch, seconds, rows, self.dry)
+                self.report.write(self.out)
+                self._free()
+
     def launches(self) -> None:
         """Launch floor, and whether the driver loads binaries compiled ahead of time."""
         self.report.answers += launch_floor(self.clock, self.folder)
@@ -165,7 +184,7 @@ def run(options: argparse.Namespace) -> None:
         bench.peaks()
         parts: dict[int, tuple[Callable[[], None], ...]] = {
             1: (bench.numbers, bench.layers),
-            2: (bench.launches, bench.end_to_end, bench.tiles, bench.end_to_end),
+            2: (bench.launches, bench.end_to_end, bench.tiles, bench.end_to_end, bench.tuned),
         }
         for section in parts[options.part]:
             if options.only and section.__name__ != options.only:

@@ -3,9 +3,11 @@
 import statistics
 from collections.abc import Callable
 
+from dovetail.ir import codec
 from dovetail.ir.kernel_layer import LayerKernels
 from dovetail.kernels.bench import Bench, Loaded
 from dovetail.tuning.gate import MOST_PAIRS, decided
+from dovetail.tuning.kernel_attempts import Attempts
 from dovetail.tuning.kernel_rows import Pairs, ratios
 
 RENEWED = 4
@@ -18,17 +20,20 @@ class Duel:
     """Times kernels in turn with ``default``. ``make`` gives the device's bench, which is asked for
     only once there is something to time. Methods raise KernelFailure."""
 
-    def __init__(self, default: LayerKernels, make: Callable[[], Bench]) -> None:
-        self._kernels, self._make = default, make
+    def __init__(
+        self, default: LayerKernels, make: Callable[[], Bench], attempts: Attempts
+    ) -> None:
+        self._kernels, self._make, self._attempts = default, make, attempts
         self._bench: Bench | None = None
         self._default: Loaded | None = None
         self._paces: list[float] = []
 
     def load(self, kernels: LayerKernels) -> Loaded:
         """Kernels, compiled and checked."""
-        if self._bench is None:
-            self._bench = self._make()
-        return self._bench.load(kernels)
+        with self._attempts.at(codec.digest(kernels)):
+            if self._bench is None:
+                self._bench = self._make()
+            return self._bench.load(kernels)
 
     @property
     def default(self) -> Loaded:

@@ -14,6 +14,7 @@ from dovetail.ir.kernel_layer import LayerKernels
 from dovetail.kernels.bench import Bench, KernelFailure
 from dovetail.tuning.clock import Clock
 from dovetail.tuning.gate import CONFIRM, DEFAULT, GATE, SEARCH, finalists
+from dovetail.tuning.kernel_attempts import Attempts
 from dovetail.tuning.kernel_duel import Duel
 from dovetail.tuning.kernel_rows import PART, Ledger, kernels_of, ratios, timed
 from dovetail.tuning.kernel_space import KernelSpace
@@ -67,7 +68,8 @@ class KernelSearch:
     ) -> None:
         self._space, self._sampler, self._ledger = space, sampler, ledger
         self._clock, self._show = clock, show
-        self._duel = Duel(space.chosen, make)
+        place = ledger.trials.database.path
+        self._duel = Duel(space.chosen, make, Attempts(place.with_name(f"{place.name}.trying")))
         self._known = Known(ledger.trials, ledger.key, PART)
         self._residuals = Residuals(space, {}, DOUBT)
         self._default_predicted = space.seconds(space.base)

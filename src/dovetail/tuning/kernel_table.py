@@ -10,7 +10,7 @@ from dovetail.tuning.kernel_rungs import Decided
 from dovetail.tuning.known import ratio_of
 from dovetail.tuning_db.facts import Trial
 
-_HEADER = (
+HEADER = (
     "experts of", "tokens", "default µs", "best µs", "ratio", "interval", "timed", "refused",
     "failed", "kernels",
 )  # fmt: skip
@@ -29,9 +29,9 @@ def trial_text(trial: Trial, base: Mapping[str, int]) -> str:
 def rungs_table(decided: Sequence[Decided], *, dry: bool, as_json: bool, plan: Path) -> str:
     """All rungs, in words or as JSON."""
     if as_json:
-        data = {"plan": str(plan), "dry": dry, "rungs": [_record(one) for one in decided]}
+        data = {"plan": str(plan), "dry": dry, "rungs": [rung_record(one) for one in decided]}
         return json.dumps(data, indent=1)
-    lines = list(notation.table([_HEADER, *map(_row, decided)], right=range(1, 9)))
+    lines = list(notation.table([HEADER, *map(rung_row, decided)], right=range(1, 9)))
     faster = sum(one.measured is not None for one in decided)
     if dry:
         lines.append(
@@ -43,7 +43,8 @@ def rungs_table(decided: Sequence[Decided], *, dry: bool, as_json: bool, plan: P
     return "\n".join([*lines, f"plan: {plan}"])
 
 
-def _row(one: Decided) -> tuple[str, ...]:
+def rung_row(one: Decided) -> tuple[str, ...]:
+    """A rung as a row under HEADER."""
     interval, measured = one.interval, one.measured
     best = measured.seconds if measured else one.default_seconds
     tiles = ", ".join(tile_text(spec) for spec in (one.kernels.up, one.kernels.down))
@@ -61,7 +62,8 @@ def _row(one: Decided) -> tuple[str, ...]:
     )
 
 
-def _record(one: Decided) -> dict[str, object]:
+def rung_record(one: Decided) -> dict[str, object]:
+    """A rung as JSON data."""
     interval = one.interval
     return {
         "bodies": list(one.rung.bodies),

@@ -98,7 +98,7 @@ def _measured(options: argparse.Namespace, plan: Plan, graph: TaskGraph) -> list
         rungs_of(plan, graph),
         host_environment() if host else gpu_environment(),
         "interpreted" if host else "graphs",
-        _host_bench if host else _gpu_bench,
+        host_bench if host else gpu_bench,
         options.sampler,
         options.seed,
         seconds,
@@ -183,7 +183,8 @@ def _decided(rung: Rung, trials: Trials, key: Key, trouble: str) -> Decided:
     return decide_rung(rung, trials.of(key), key)
 
 
-def _gpu_bench(rung: Rung, scratch: Path) -> Bench:
+def gpu_bench(rung: Rung, scratch: Path) -> Bench:
+    """What times a rung's kernels on the current GPU."""
     import torch
 
     from dovetail.kernels.rung_bench import RungBench
@@ -193,7 +194,8 @@ def _gpu_bench(rung: Rung, scratch: Path) -> Bench:
     return RungBench(rung.space.layer, rung.space.chosen, CudaTimer(), scratch, cache)
 
 
-def _host_bench(rung: Rung, scratch: Path) -> Bench:
+def host_bench(rung: Rung, scratch: Path) -> Bench:
+    """What tries them where Triton interprets: a few tokens, and seconds that mean nothing."""
     from dovetail.kernels.rung_bench import RungBench
     from dovetail.kernels.timing import HostTimer
 
