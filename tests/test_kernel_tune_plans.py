@@ -91,7 +91,7 @@ def test_winners_are_put_into_the_plan_with_their_evidence(
     save_kernels(plan, tmp_path)
     assert load_plan(path) == plan and plan.digest() != planned().digest()
     for command, said in (
-        ("check", "sources are what their specs give"),
+        ("check", "for sm_90; some of 2 token counts measured on paper gpu"),
         ("show", "measured, 0.700 of the model's choice"),
         ("explain", "were measured: with sort and sum 70us"),
     ):

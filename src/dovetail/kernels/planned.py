@@ -159,7 +159,11 @@ def check_plan_kernels(plan: Plan, folder: Path) -> str:
     for ladder in plan.ladders:
         ladder_kernels(plan, ladder)
     if plan.kernels:
-        return f"{len(plan.kernels)} sources are what their specs give, for {plan.ladders[0].arch}"
+        said = f"{len(plan.kernels)} sources are what their specs give, for {plan.ladders[0].arch}"
+        rungs = [rung.measured for ladder in plan.ladders for rung in ladder.rungs]
+        on = {found.environment.get("device_name", "an unnamed GPU") for found in rungs if found}
+        where = f"; some of {len(rungs)} token counts measured on {', '.join(sorted(on))}"
+        return said + where if on else said
     return f"none: {plan.no_kernels}" if plan.no_kernels else "none"
 
 

@@ -4,6 +4,7 @@ the compiler or the driver, are known to the next call, which would meet them ag
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
 
 from dovetail.kernels.bench import KernelFailure
@@ -13,20 +14,24 @@ TWICE = 2
 
 
 class Attempts:
-    """Attempts at kernels, by digest, as files of ``folder``; each has its process in its name."""
+    """Attempts at kernels, by digest, as files beside ``database``; each has its process in its
+    name, and is gone when the attempt is over."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, database: Path) -> None:
+        self._database = database
 
     @contextmanager
     def at(self, digest: str) -> Iterator[None]:
         """Load the kernels of this digest within it. Raises KernelFailure where that ended the
         process before, TWICE."""
-        ended = [path for path in self._folder.glob(f"{digest}.*") if _ended(path)]
+        stem = f"{self._database.name}.trying-{digest[:16]}"
+        beside = self._database.parent.glob(f"{escape(stem)}.*")
+        ended = [path for path in beside if _ended(path)]
         if len(ended) >= TWICE:
+            for path in ended:
+                path.unlink(missing_ok=True)
             raise KernelFailure("compile_error", f"ended the process {len(ended)} times")
-        self._folder.mkdir(exist_ok=True)
-        mine = self._folder / f"{digest}.{os.getpid()}"
+        mine = self._database.with_name(f"{stem}.{os.getpid()}")
         mine.touch()
         try:
             yield

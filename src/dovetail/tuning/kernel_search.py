@@ -68,8 +68,7 @@ class KernelSearch:
     ) -> None:
         self._space, self._sampler, self._ledger = space, sampler, ledger
         self._clock, self._show = clock, show
-        place = ledger.trials.database.path
-        self._duel = Duel(space.chosen, make, Attempts(place.with_name(f"{place.name}.trying")))
+        self._duel = Duel(space.chosen, make, Attempts(ledger.trials.database.path))
         self._known = Known(ledger.trials, ledger.key, PART)
         self._residuals = Residuals(space, {}, DOUBT)
         self._default_predicted = space.seconds(space.base)
