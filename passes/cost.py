@@ -120,8 +120,8 @@ class Costs:
         if dtype not in curves:
             raise PlanError(
                 f"machine {self._machine.name!r} has no {name} curve for {dtype}, found "
-                f"{', '.join(curves) or 'none'}; run `dovetail calibrate` on it, or add the curve to "
-                "its file"
+                f"{', '.join(curves) or 'none'}; run `dovetail calibrate` on it, or add the curve "
+                "to its file"
             )
         return curves[dtype]
 
