@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from tests.ir_cases import captured
+from tests.plan_cases import save_beside
 from tests.test_kernel_plans import planned
 
 from dovetail.codegen.gate.suite import QWEN3_30B
@@ -14,7 +15,9 @@ from dovetail.codegen.kernels.arch import ARCHS
 from dovetail.ir import codec
 from dovetail.ir.kernel_layer import LayerKernels
 from dovetail.ir.kernel_parts import Place
+from dovetail.ir.plan import Plan
 from dovetail.kernels.bench import KernelFailure, Loaded
+from dovetail.kernels.planned import save_kernels
 from dovetail.tuning.clock import Clock
 from dovetail.tuning.kernel_key import rung_key
 from dovetail.tuning.kernel_rows import Ledger
@@ -134,3 +137,12 @@ def job(bench: FakeBench, seconds: float = 40.0) -> Job:
     return Job(
         plan_rungs(), ENVIRONMENT, "graphs", lambda rung, scratch: bench, "coordinate", 0, seconds
     )  # fmt: skip
+
+
+def saved(folder: Path, plan: Plan | None = None) -> Path:
+    """A plan in a file with all that belongs to it."""
+    plan = plan or planned()
+    folder.mkdir(exist_ok=True)
+    path = save_beside(captured("olmoe"), plan, folder)
+    save_kernels(plan, folder)
+    return path

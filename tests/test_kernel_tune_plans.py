@@ -3,12 +3,7 @@
 import dataclasses
 import importlib.util
 import json
-import os
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -19,14 +14,10 @@ from tests.test_gpu_choose import MACHINE, WORKLOAD
 from tests.test_kernel_plans import planned
 
 from dovetail.cli import main
-from dovetail.codegen.gate.cases import LAYERS
-from dovetail.codegen.kernels.arch import ARCHS
-from dovetail.codegen.kernels.choose import choose_layer
-from dovetail.codegen.kernels.launch import Kernel, source_kernel
-from dovetail.ir.errors import InputError
+from dovetail.codegen.kernels.ladder import Here
 from dovetail.ir.kernel_layer import LayerKernels
-from dovetail.ir.kernel_spec import GemmSpec, KernelSpec
-from dovetail.ir.plan import Plan, load_plan
+from dovetail.ir.plan import load_plan
+from dovetail.kernels import timing
 from dovetail.kernels.bench import KernelFailure
 from dovetail.kernels.planned import ladder_kernels, save_kernels
 from dovetail.passes.choose import choose
@@ -130,19 +121,10 @@ def test_a_default_that_fails_leaves_its_rung_alone(tmp_path: Path) -> None:
     assert any("for 150 tokens: not tuned: too large" in note for note in notes)
 
 
-def saved(folder: Path, plan: Plan | None = None) -> Path:
-    """A plan in a file with all that belongs to it."""
-    plan = plan or planned()
-    folder.mkdir(exist_ok=True)
-    path = save_beside(captured("olmoe"), plan, folder)
-    save_kernels(plan, folder)
-    return path
-
-
 def test_the_command_replays_and_the_database_commands_know_kernels(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path, rows, out = saved(tmp_path / "a"), tmp_path / "t.db", tmp_path / "b" / "tuned.json"
+    path, rows, out = cases.saved(tmp_path / "a"), tmp_path / "t.db", tmp_path / "b" / "tuned.json"
     expected = with_decided(planned(), tuned(rows))
     assert main(["kernels", "tune", str(path), "--replay", str(rows), "-o", str(out)]) == 0
     shown = capsys.readouterr()
@@ -165,10 +147,75 @@ def test_the_command_replays_and_the_database_commands_know_kernels(
     assert "has no trials of this plan's kernels" in capsys.readouterr().err
 
 
+def on_a_gpu(patch: pytest.MonkeyPatch, bench: cases.FakeBench, arch: str = "sm_90") -> None:
+    """Let the command find a GPU, whose kernels take the bench's time."""
+    place = "dovetail.tuning.kernel_tune"
+    patch.setattr(f"{place}.gpu_environment", lambda: cases.ENVIRONMENT)
+    patch.setattr(f"{place}.gpu_bench", lambda rung, scratch: bench)
+    patch.setattr("dovetail.kernels.binaries.here", lambda: (Here(arch, "triton 3", 12080), None))
+
+
+def test_the_command_tunes_and_goes_on_from_its_rows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, out, rows = cases.saved(tmp_path / "a"), tmp_path / "b.json", tmp_path / "t.db"
+    command = ["kernels", "tune", str(path), "-o", str(out), "--db", str(rows), "--time", "1m"]
+    on_a_gpu(monkeypatch, cases.FakeBench(formula))
+    assert main(command) == 0
+    assert "2 of 2 rungs have measured kernels" in capsys.readouterr().out
+    first = load_plan(out)
+    assert [rung.measured is not None for rung in first.ladders[0].rungs] == [True, True]
+    on_a_gpu(monkeypatch, again := cases.FakeBench(formula))
+    assert main(command) == 0
+    assert again.loads == [] and load_plan(out) == first
+    assert main(["plan", "check", str(out)]) == 0
+    replayed = tmp_path / "c.json"
+    command = ["kernels", "tune", str(path), "-o", str(replayed), "--replay", str(rows)]
+    assert main(command) == 0
+    assert load_plan(replayed) == first
+
+
+def test_a_lost_gpu_and_another_gpu_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(kernels: LayerKernels) -> KernelFailure | None:
+        if kernels.up.tile.warps == 4:
+            return None
+        return KernelFailure("wrong_result", "illegal access", lost=True)
+
+    path, out, rows = cases.saved(tmp_path / "a"), tmp_path / "b.json", tmp_path / "t.db"
+    command = ["kernels", "tune", str(path), "-o", str(out), "--db", str(rows), "--time", "1m"]
+    on_a_gpu(monkeypatch, cases.FakeBench(formula, broken))
+    assert main(command) == 1
+    assert "the GPU gave up on a kernel (illegal access)" in capsys.readouterr().err
+    with Database.open(rows) as database:
+        assert [tuning.stop for tuning in Trials(database).tunings()] == ["failed"]
+    on_a_gpu(monkeypatch, cases.FakeBench(formula), "sm_80")
+    assert main(command) == 1
+    assert "kernels are for sm_90, this GPU is sm_80: tune on the" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_a_sample_is_seconds_of_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+    asked: list[int] = []
+
+    def seconds(replay: object, rounds: int) -> float:
+        asked.append(rounds)
+        return 0.004
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: ran.append("wait"))
+    monkeypatch.setattr(timing, "captured", lambda once: lambda: ran.append("replay"))
+    monkeypatch.setattr(timing, "event_seconds", seconds)
+    sample = timing.CudaTimer().load([lambda: ran.append("a"), lambda: ran.append("b")])
+    assert ran == ["a", "b", "wait", "replay"]
+    assert sample() == 0.002 and asked == [1, 3]
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @needs_triton
 def test_it_refuses_what_it_cannot_tune(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path, out = saved(tmp_path / "a"), str(tmp_path / "plan.json")
+    path, out = cases.saved(tmp_path / "a"), str(tmp_path / "plan.json")
     assert main(["kernels", "tune", str(path), "-o", out]) == 1
     assert "kernels are timed on a GPU, but torch finds none here" in capsys.readouterr().err
     assert main(["kernels", "tune", str(path), "-o", out, "--replay", "none.db"]) == 1
@@ -176,116 +223,7 @@ def test_it_refuses_what_it_cannot_tune(tmp_path: Path, capsys: pytest.CaptureFi
     assert main(["kernels", "tune", str(path), "-o", str(tmp_path)]) == 1
     assert "found a folder, expected a file" in capsys.readouterr().err
     processor = choose(captured("olmoe"), MACHINE, {"ram": 1 << 28}, WORKLOAD, "model_batch")
-    path = saved(tmp_path / "c", processor)
+    path = cases.saved(tmp_path / "c", processor)
     assert main(["kernels", "tune", str(path), "-o", out]) == 1
     assert "the plan has no kernels to tune" in capsys.readouterr().err
     assert not Path(out).exists()
-
-
-SMALL = dataclasses.replace(LAYERS["slots, gate and up apart"], x="fp32", hidden=64, experts=4)
-BIASED = dataclasses.replace(LAYERS["slots, gpt-oss-like"], x="fp32")
-
-
-def bench_in_the_interpreter(folder: Path) -> None:
-    """Run by the interpreting process: right kernels pass, wrong and broken ones do not."""
-    from triton.errors import TritonError  # type: ignore[import-untyped]
-
-    from dovetail.kernels.rung_bench import RungBench
-    from dovetail.kernels.timing import HostTimer
-
-    class Fails:
-        """A kernel that fails as the compiler or the memory does."""
-
-        def __init__(self, error: Exception) -> None:
-            self.error = error
-
-        def __call__(self, *_: object) -> None:
-            raise self.error
-
-    def load(spec: KernelSpec, place: Path) -> Kernel:
-        right = source_kernel(spec, place)
-        if not isinstance(spec, GemmSpec):
-            return right
-        match spec.tile.stages, spec.name:
-            case 2, "moe_down":
-                return lambda *_: None  # leaves memory as it was
-            case 3, "moe_down":
-                scaled = source_kernel(dataclasses.replace(spec, routed_weight=False), place)
-                return scaled
-            case 4, "moe_down":
-                return Fails(TritonError("no such layout"))  # type: ignore[return-value]
-            case 5, "moe_down" if spec.tile.warps == 8:
-                return Fails(torch.OutOfMemoryError("out of memory"))  # type: ignore[return-value]
-        return right
-
-    for layer in (BIASED, SMALL):
-        default = choose_layer(layer, ARCHS["sm_90"], (2, 6))
-        tile = dataclasses.replace(default.down.tile, stages=5, warps=4)
-        default = dataclasses.replace(default, down=dataclasses.replace(default.down, tile=tile))
-        bench = RungBench(layer, default, HostTimer(), folder, 0, most=(1, 16), load=load)
-
-        def other(stages: int, warps: int = 4, to: Any = bench, base: Any = default) -> str:
-            tile = dataclasses.replace(base.down.tile, stages=stages, warps=warps)
-            down = dataclasses.replace(base.down, tile=tile)
-            try:
-                to.load(dataclasses.replace(base, down=down))
-            except KernelFailure as failure:
-                return failure.state
-            return "ok"
-
-        swapped = dataclasses.replace(default, up=dataclasses.replace(default.up, swap_ab=True))
-        loaded = bench.load(swapped)
-        assert loaded.error < 1e-5 and loaded.seconds() > 0
-        assert bench.load(default).error == 0.0
-        if layer is BIASED:
-            continue
-        assert [other(stages) for stages in (2, 3, 4)] == [
-            "wrong_result", "wrong_result", "compile_error",
-        ]  # fmt: skip
-        assert other(5, 8) == "out_of_memory"
-        broken = dataclasses.replace(
-            default,
-            down=dataclasses.replace(default.down, tile=dataclasses.replace(tile, stages=3)),
-        )
-        with pytest.raises(KernelFailure, match=r"the cost model's kernels are off by"):
-            RungBench(layer, broken, HostTimer(), folder, 0, most=(1, 16), load=load)
-    stacked = dataclasses.replace(SMALL, up_place=None, down_place=None)
-    with pytest.raises(InputError, match="its experts are stacked in tensors"):
-        RungBench(stacked, default, HostTimer(), folder, 0)
-
-
-def interpreted(*arguments: str) -> "subprocess.CompletedProcess[str]":
-    """Run a command in a process in which Triton may be told to interpret."""
-    return subprocess.run(
-        [sys.executable, *arguments],
-        capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-
-
-@needs_triton
-def test_wrong_kernels_are_told_from_right_ones() -> None:
-    done = interpreted("-m", "tests.test_kernel_tune_plans")
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
-@needs_triton
-def test_the_host_target_tries_the_search_and_leaves_the_plan(tmp_path: Path) -> None:
-    path, out = saved(tmp_path / "a"), tmp_path / "plan.json"
-    done = interpreted(
-        "-c", "import sys; from dovetail.cli import main; sys.exit(main())", "kernels", "tune",
-        str(path), "-o", str(out), "--db", str(tmp_path / "t.db"), "--time", "2s",
-        "--target", "host",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "these times mean nothing, and the plan is written as it was" in done.stdout
-    assert "of the default's time" in done.stderr
-    assert load_plan(out) == planned()
-    with pytest.raises(InputError, match="has no trials of this plan's kernels"):
-        replay(tmp_path / "t.db", cases.plan_rungs(), quiet)
-
-
-if __name__ == "__main__":
-    os.environ["TRITON_INTERPRET"] = "1"
-    with tempfile.TemporaryDirectory() as scratch:
-        bench_in_the_interpreter(Path(scratch))
