@@ -1,4 +1,4 @@
-"""Routes for the experts' products on a CPU: one by one, packed, grouped, and with 8-bit weights.
+"""Routes for the experts' products on a CPU: one by one, packed, grouped, and in fewer bits.
 
     python bench/gemm_routes.py --out bench/results/NAME-gemm-routes.json
 
@@ -6,10 +6,10 @@ All experts of a layer run over as many rows each, taken from the step's tokens 
 their weights, with matrices that no cache holds, on one thread; the routes take turns, and of each
 the lowest CPU time counts. ``packed`` multiplies one expert after the other as ``loop`` does, but
 takes rows, activates and adds up for all of them at once; ``grouped`` has one call for the
-products too. Both are the executor's, with rows padded to tiles. The 8-bit routes take int8 weights
-that were converted before and quantize rows as they come (per row, symmetric, for ``int_mm``; per
-tensor for oneDNN's ``qlinear``) or leave rows at 16 bits (``int8pack``). Their outputs differ, by
-the error that is given.
+products too. ``int8`` and ``int4`` go one by one over converted matrices. All these are the
+executor's, with rows padded to tiles. ``prepacked`` is oneDNN's product of int8 matrices in a
+layout of its own (rows rounded per tensor), into which no matrix can be brought on its way from the
+disk: that takes several times the product. Outputs in fewer bits differ, by the error given.
 """
 
 import argparse
@@ -24,10 +24,15 @@ from host import describe_machine
 from torch import Tensor
 from torch.nn import functional as F
 
+from dovetail.codegen.kernels.quantise import pack
 from dovetail.ir.gemm_tiles import LADDERS
+from dovetail.ir.kernel_parts import Weights
+from dovetail.ir.moves import ExpertFormat
+from dovetail.passes.expert_precision import weights_of
 from dovetail.runtime.expert_packs import run_pack
 from dovetail.runtime.linear import TiledLinear
 from dovetail.runtime.packed import Packed
+from dovetail.runtime.quantised import rounded
 from dovetail.runtime.tokens import Routing, padded_rows
 
 SIZES = {"small": (64, 256, 128), "medium": (64, 1024, 512), "OLMoE": (16, 2048, 1024)}
@@ -116,44 +121,49 @@ def packed_route(gate: Tensor, up: Tensor, down: Tensor, grouped: bool) -> Route
     return run
 
 
-def _by_channel(weight: Tensor) -> tuple[Tensor, Tensor]:
-    scale = weight.float().abs().amax(-1).clamp_min(1e-8) / 127
-    return (weight.float() / scale[..., None]).round().to(torch.int8), scale
+def quantised_route(gate: Tensor, up: Tensor, down: Tensor, form: ExpertFormat) -> Route:
+    """One expert after the other with converted matrices, by the executor's own code."""
+    linear = TiledLinear(LADDERS[0])
+
+    def converted(matrix: Tensor) -> tuple[Tensor, Tensor]:
+        stored, scale = pack(matrix[None], weights_of(form))
+        assert scale is not None
+        return stored[0], scale[0]
+
+    def expert(g: Tensor, u: Tensor, d: Tensor) -> Product:
+        (gate, gates), (up, ups), (down, downs) = map(converted, (g, u, d))
+
+        def run(x: Tensor) -> Tensor:
+            own = rounded(x) if form == "int8" else x
+            h = F.silu(linear(own, gate, scale=gates)) * linear(own, up, scale=ups)
+            return linear(h, down, scale=downs)
+
+        return run
+
+    return one_by_one([expert(*each) for each in zip(gate, up, down, strict=True)])
 
 
-def eight_bit_route(gate: Tensor, up: Tensor, down: Tensor, kind: str) -> Route:
-    """One expert after the other with int8 weights, one scale for each output channel."""
+def prepacked_route(gate: Tensor, up: Tensor, down: Tensor) -> Route:
+    """One expert after the other with int8 matrices in oneDNN's own layout."""
 
     def expert(g: Product, u: Product, d: Product) -> Product:
         return lambda x: d(F.silu(g(x)) * u(x))
 
-    made = ([_eight_bit(w, kind) for w in each] for each in zip(gate, up, down, strict=True))
+    made = ([_prepacked(w) for w in each] for each in zip(gate, up, down, strict=True))
     return one_by_one([expert(*each) for each in made])
 
 
-def _eight_bit(weight: Tensor, kind: str) -> Product:
-    """A product with one int8 matrix."""
-    eight, scale = _by_channel(weight)
-    if kind == "int8pack":
-        scales = scale.to(torch.bfloat16)
-        return lambda x: torch._weight_int8pack_mm(x, eight, scales)
-    if kind == "int_mm":
-        turned = eight.t()
-
-        def int_mm(x: Tensor) -> Tensor:
-            rows = x.abs().amax(-1, keepdim=True).float().clamp_min(1e-8) / 127
-            product = torch._int_mm((x / rows).round().to(torch.int8), turned)
-            return (product.float() * rows * scale).to(torch.bfloat16)
-
-        return int_mm
-    made = torch.ops.onednn.qlinear_prepack(eight, None)
-    zeros = torch.zeros(len(scale), dtype=torch.int64)
+def _prepacked(weight: Tensor) -> Product:
+    stored, scale = pack(weight[None], Weights("int8"))
+    assert scale is not None
+    made = torch.ops.onednn.qlinear_prepack(stored[0], None)
+    zeros = torch.zeros(len(weight), dtype=torch.int64)
 
     def qlinear(x: Tensor) -> Tensor:
         step = float(x.abs().max()) / 127 or 1.0
         own = (x.float() / step).round().add_(128).clamp_(0, 255).to(torch.uint8)
         out: Tensor = torch.ops.onednn.qlinear_pointwise(
-            own, step, 128, made, scale, zeros, None, 1.0, 0, torch.bfloat16, "none", [], ""
+            own, step, 128, made, scale[0], zeros, None, 1.0, 0, torch.bfloat16, "none", [], ""
         )
         return out
 
@@ -214,9 +224,9 @@ def main() -> None:
                 "loop": loop_route(gate, up, down),
                 "packed": packed_route(gate, up, down, grouped=False),
                 "grouped": packed_route(gate, up, down, grouped=True),
-                "qlinear": eight_bit_route(gate, up, down, "qlinear"),
-                "int_mm": eight_bit_route(gate, up, down, "int_mm"),
-                "int8pack": eight_bit_route(gate, up, down, "int8pack"),
+                "int8": quantised_route(gate, up, down, "int8"),
+                "int4": quantised_route(gate, up, down, "int4"),
+                "prepacked": prepacked_route(gate, up, down),
             }
             found += [timed(size, rows, routes, options.seconds) for rows in ROWS]
     print(table(found))

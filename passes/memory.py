@@ -204,7 +204,7 @@ def _quantised_temporaries(experts: Experts, rows: int, item: int) -> int:
         case "int8":
             return max(rows * (5 * t.shape[0] + 8 * t.shape[1]) for t in matrices)
         case "int4":
-            return max(t.parameters * item + t.nbytes for t in matrices)
+            return max(t.parameters * (item + 1) for t in matrices)
     return 0
 
 

@@ -48,10 +48,9 @@ def int4_matrix(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """The matrix ``[out, in]`` that int4 ``weight [out, in / 2]`` with ``scale [out, groups]``
     stands for."""
     outputs, half = weight.shape
-    made = torch.empty((outputs, 2 * half), dtype=dtype)
-    torch.bitwise_and(weight, 15, out=(low := torch.empty_like(weight)))
-    made[:, :half] = low
-    made[:, half:] = torch.bitwise_right_shift(weight, 4, out=low)
-    grouped = made.view(outputs, scale.shape[1], -1)
-    grouped.sub_(8).mul_(scale.to(dtype).unsqueeze(-1))
-    return made
+    numbers = torch.empty((outputs, 2 * half), dtype=torch.int8)
+    halves = numbers.view(torch.uint8)
+    torch.bitwise_and(weight, 15, out=halves[:, :half])
+    torch.bitwise_right_shift(weight, 4, out=halves[:, half:])
+    grouped = numbers.sub_(8).to(dtype).view(outputs, scale.shape[1], -1)
+    return grouped.mul_(scale.to(dtype).unsqueeze(-1)).view(outputs, 2 * half)
