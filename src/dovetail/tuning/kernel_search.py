@@ -29,12 +29,12 @@ PAIRS = 3
 """Pairs of a candidate's first look, and of the second that one gets which is the best so far."""
 HOPELESS = 1.2
 """After one pair, what takes this many times the best so far gets no more."""
-RULED_OUT = 1.1
+RULED_OUT = 1.05
 """A candidate that takes this many times the best so far, at the best that prediction and residuals
 leave to be hoped for, is not compiled."""
 DOUBT = 0.12
 """How far off, as a logarithm, the cost model may be in what one step of a knob does."""
-PATIENCE = 30
+PATIENCE = 50
 """Timed candidates without a better one after which the search has converged."""
 GATE_SHARE = 0.2
 """The share of a rung's seconds that is kept for the gate."""
