@@ -379,7 +379,8 @@ class Runtime:
         weights = dict(zip(settings.chunk_experts(layer, chunk), loaded, strict=True))
         own = [expert for expert in weights if routing.owner[expert] == worker]
         sizes = settings.buckets if self._dtype.itemsize == 2 else ()
-        for pack in packs(own, routing.offsets, settings.pack, sizes):
+        together = packs(own, routing.offsets, settings.pack, sizes) if settings.pack else None
+        for pack in together or [[expert] for expert in own]:
             if len(pack) > 1:
                 parts = [weights[expert] for expert in pack]
                 run_pack(function, tokens.x, routing, pack, parts, total, sizes, settings.grouped)

@@ -79,12 +79,14 @@ def tensor_view(
 ) -> torch.Tensor:
     """A tensor over ``buffer``'s bytes from ``offset`` on, without a copy; keeps them mapped. Its
     storage is the whole buffer, so that one view may be over several tensors of it."""
-    count = math.prod(shape)
-    if count == 0:
+    if 0 in shape:
         return torch.empty(shape, dtype=dtype)
     assert offset % dtype.itemsize == 0, "a tensor must start at a multiple of its itemsize"
+    strides = [1]
+    for size in shape[:0:-1]:
+        strides.insert(0, strides[0] * size)
     whole = torch.frombuffer(buffer, dtype=dtype, count=len(buffer) // dtype.itemsize)
-    return whole.narrow(0, offset // dtype.itemsize, count).view(shape)
+    return whole.as_strided(shape, strides[: len(shape)], offset // dtype.itemsize)
 
 
 class _Mapping:

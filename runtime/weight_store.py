@@ -38,10 +38,12 @@ class _Slot:
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """A unit's tensors and the reads that bring them: one mapping, or one per expert."""
+    """A unit's tensors and the reads that bring them: one mapping, or one per expert; ``numbers``
+    are those of the runs that its tensors are in."""
 
     parts: tuple[tuple[_Slot, ...], ...]
     runs: tuple[Run, ...]
+    numbers: tuple[tuple[int, ...], ...]
 
     @property
     def nbytes(self) -> int:
@@ -68,27 +70,32 @@ class WeightStore:
         key = (kind, layer, experts)
         if key not in self._units:
             parts = tuple(tuple(part) for part in self._parts(kind, layer, experts))
-            entries = [slot.entry for part in parts for slot in part]
-            self._units[key] = Unit(parts, tuple(adjacent_runs(entries)))
+            runs = tuple(adjacent_runs([slot.entry for part in parts for slot in part]))
+            number = {entry: n for n, run in enumerate(runs) for entry in run.entries}
+            numbers = tuple(tuple(number[slot.entry] for slot in part) for part in parts)
+            self._units[key] = Unit(parts, runs, numbers)
         return self._units[key]
 
     def read(self, unit: Unit, buffer: memoryview, *, streamed: bool) -> list[Tensors]:
         """Fill ``buffer`` (page-aligned, ``unit.nbytes`` at least) and return the tensors over it,
         one mapping for every part of the unit."""
-        places: dict[TensorEntry, int] = {}
+        # Where the file's first byte would be, by the bytes of each run.
+        starts: list[int] = []
         at = 0
         for run in unit.runs:
             span = direct_span(run.offset, run.nbytes)
             view = buffer[at : at + span]
             start = self._reader.read_into(view, run.file, run.offset, run.nbytes, run.align)
-            for entry in run.entries:
-                places[entry] = at + start + entry.offset - run.offset
+            starts.append(at + start - run.offset)
             at += span
         return [
             _joined(
-                {slot.name: _tensor(slot, buffer, places[slot.entry], streamed) for slot in part}
+                {
+                    slot.name: _tensor(slot, buffer, starts[n] + slot.entry.offset, streamed)
+                    for slot, n in zip(part, numbers, strict=True)
+                }
             )
-            for part in unit.parts
+            for part, numbers in zip(unit.parts, unit.numbers, strict=True)
         ]
 
     def rows(self, name: str, rows: Tensor, buffer: memoryview) -> Tensor:
