@@ -26,11 +26,11 @@ from workloads import agreement, random_prompts
 
 from dovetail.checkpoint import ModelFolder
 from dovetail.cli import main as dovetail
-from dovetail.convert import converted_folder, read_record
 from dovetail.ir.moves import FORMATS, precision_of
 from dovetail.ir.plan import load_plan
 from dovetail.machine_files import save_machine
 from dovetail.planning import find_machine
+from dovetail.precision.folder import converted_folder, read_record
 from dovetail.workloads import load_workload
 
 PLAIN = "as they are"

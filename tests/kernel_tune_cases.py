@@ -19,12 +19,12 @@ from dovetail.ir.plan import Plan
 from dovetail.kernels.bench import KernelFailure, Loaded
 from dovetail.kernels.planned import save_kernels
 from dovetail.tuning.clock import Clock
-from dovetail.tuning.kernel_key import rung_key
-from dovetail.tuning.kernel_rows import Ledger
-from dovetail.tuning.kernel_rungs import Rung, rungs_of
-from dovetail.tuning.kernel_search import KernelSearch
-from dovetail.tuning.kernel_space import KernelSpace
-from dovetail.tuning.kernel_tune import Job
+from dovetail.tuning.kernels.key import rung_key
+from dovetail.tuning.kernels.rows import Ledger
+from dovetail.tuning.kernels.rungs import Rung, rungs_of
+from dovetail.tuning.kernels.search import KernelSearch
+from dovetail.tuning.kernels.space import KernelSpace
+from dovetail.tuning.kernels.tune import Job
 from dovetail.tuning.samplers import make_sampler
 from dovetail.tuning_db.database import Database
 from dovetail.tuning_db.facts import Trial, Tuning

@@ -20,12 +20,12 @@ from tests.convert_cases import (
 
 from dovetail.checkpoint import ModelFolder
 from dovetail.cli import main
-from dovetail.convert import ConvertedExperts, converted_folder, open_converted
-from dovetail.convert_write import convert
 from dovetail.ir import codec
 from dovetail.ir.moves import FORMATS, ExpertFormat
 from dovetail.ir.placement import expert_bytes
 from dovetail.passes.expert_precision import with_precision
+from dovetail.precision.convert import convert
+from dovetail.precision.folder import ConvertedExperts, converted_folder, open_converted
 from dovetail.runtime.direct_io import Reader
 from dovetail.runtime.weight_store import WeightStore
 

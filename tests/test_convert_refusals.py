@@ -17,14 +17,13 @@ from tests.convert_cases import Source, tiny_source
 from tests.e2e.support import save_tiny
 from tests.families import tiny_model
 
-from dovetail import convert_write
 from dovetail.checkpoint import ModelFolder
 from dovetail.cli import main
-from dovetail.convert import RECORD_FILE, open_converted
-from dovetail.convert_write import LOCK, convert
 from dovetail.ir import codec
 from dovetail.ir.errors import CheckpointError, InputError
 from dovetail.locked_file import open_locked
+from dovetail.precision.convert import LOCK, convert
+from dovetail.precision.folder import RECORD_FILE, open_converted
 
 WHOLE = "model.safetensors"
 
@@ -92,7 +91,7 @@ KILLED = """
 import json, os, signal, sys
 from pathlib import Path
 from dovetail.checkpoint import ModelFolder
-from dovetail.convert_write import convert
+from dovetail.precision.convert import convert
 from dovetail.ir.codec import decode
 from dovetail.ir.task_graph import TaskGraph
 told = []
@@ -253,7 +252,7 @@ def test_the_command_says_that_nothing_is_left(
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(convert_write, "convert", interrupted)
+    monkeypatch.setattr("dovetail.precision.convert.convert", interrupted)
     place = tmp_path / "place"
     assert main(["convert", str(source.path), "--experts", "int8", "-o", str(place)]) == 130
     assert f"interrupted; nothing is left of {place}" in capfd.readouterr().err

@@ -29,7 +29,7 @@ from dovetail.kernels.planned import (
 )
 from dovetail.machine_files import load_machine, shipped_machines
 from dovetail.passes.choose import choose
-from dovetail.tuning.kernel_space import KernelSpace
+from dovetail.tuning.kernels.space import KernelSpace
 from dovetail.tuning.samplers import make_sampler
 
 SPACE_LAYER = dataclasses.replace(QWEN3_30B, experts=16)

@@ -19,10 +19,10 @@ from dovetail.ir import codec
 from dovetail.ir.kernel_layer import LayerKernels, LayerSpec
 from dovetail.kernels.bench import KernelFailure
 from dovetail.tuning.gate import CONFIRM, DEFAULT, GATE, SEARCH
-from dovetail.tuning.kernel_attempts import Attempts
-from dovetail.tuning.kernel_key import rung_key, rung_task
-from dovetail.tuning.kernel_rows import GAIN, kernel_winner, kernels_of
-from dovetail.tuning.kernel_space import KernelSpace
+from dovetail.tuning.kernels.attempts import Attempts
+from dovetail.tuning.kernels.key import rung_key, rung_task
+from dovetail.tuning.kernels.rows import GAIN, kernel_winner, kernels_of
+from dovetail.tuning.kernels.space import KernelSpace
 from dovetail.tuning_db.winners import pooled
 
 
@@ -144,7 +144,7 @@ def test_kernels_that_end_the_process_twice_are_not_loaded_again(tmp_path: Path)
     ends = textwrap.dedent(f"""
         import os
         from pathlib import Path
-        from dovetail.tuning.kernel_attempts import Attempts
+        from dovetail.tuning.kernels.attempts import Attempts
         with Attempts(Path({str(place)!r})).at("abc"):
             os._exit(3)
     """)

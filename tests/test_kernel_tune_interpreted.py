@@ -23,7 +23,7 @@ from dovetail.ir.errors import InputError
 from dovetail.ir.kernel_spec import GemmSpec, KernelSpec
 from dovetail.ir.plan import load_plan
 from dovetail.kernels.bench import KernelFailure
-from dovetail.tuning.kernel_replay import replay
+from dovetail.tuning.kernels.replay import replay
 
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton is not installed"

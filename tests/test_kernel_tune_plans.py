@@ -22,9 +22,9 @@ from dovetail.kernels.bench import KernelFailure
 from dovetail.kernels.planned import ladder_kernels, save_kernels
 from dovetail.passes.choose import choose
 from dovetail.tuning.clock import Clock
-from dovetail.tuning.kernel_replay import replay
-from dovetail.tuning.kernel_rungs import Decided, shares_of, with_decided
-from dovetail.tuning.kernel_tune import split, tune_rungs
+from dovetail.tuning.kernels.replay import replay
+from dovetail.tuning.kernels.rungs import Decided, shares_of, with_decided
+from dovetail.tuning.kernels.tune import split, tune_rungs
 from dovetail.tuning_db.database import Database
 from dovetail.tuning_db.maintain import merge
 from dovetail.tuning_db.trials import Trials
@@ -149,7 +149,7 @@ def test_the_command_replays_and_the_database_commands_know_kernels(
 
 def on_a_gpu(patch: pytest.MonkeyPatch, bench: cases.FakeBench, arch: str = "sm_90") -> None:
     """Let the command find a GPU, whose kernels take the bench's time."""
-    place = "dovetail.tuning.kernel_tune"
+    place = "dovetail.tuning.kernels.tune"
     patch.setattr(f"{place}.gpu_environment", lambda: cases.ENVIRONMENT)
     patch.setattr(f"{place}.gpu_bench", lambda rung, scratch: bench)
     patch.setattr("dovetail.kernels.binaries.here", lambda: (Here(arch, "triton 3", 12080), None))

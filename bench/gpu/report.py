@@ -14,8 +14,8 @@ from tiles import Tried, kendall
 
 from dovetail.ir import codec
 from dovetail.ir.kernel_text import tile_text
-from dovetail.tuning.kernel_rungs import Decided
-from dovetail.tuning.kernel_table import HEADER, rung_record, rung_row
+from dovetail.tuning.kernels.rungs import Decided
+from dovetail.tuning.kernels.table import HEADER, rung_record, rung_row
 
 
 @dataclass(slots=True)

@@ -9,10 +9,10 @@ from slots import placed
 from dovetail.codegen.kernels.arch import Arch
 from dovetail.codegen.kernels.choose import LADDER
 from dovetail.ir.kernel_layer import LayerSpec
-from dovetail.tuning.kernel_key import gpu_environment, host_environment
-from dovetail.tuning.kernel_rungs import Decided, Rung
-from dovetail.tuning.kernel_space import KernelSpace
-from dovetail.tuning.kernel_tune import Job, gpu_bench, host_bench, tune_rungs
+from dovetail.tuning.kernels.key import gpu_environment, host_environment
+from dovetail.tuning.kernels.rungs import Decided, Rung
+from dovetail.tuning.kernels.space import KernelSpace
+from dovetail.tuning.kernels.tune import Job, gpu_bench, host_bench, tune_rungs
 from dovetail.tuning_db.database import Database
 from dovetail.tuning_db.trials import Trials
 

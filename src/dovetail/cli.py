@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dovetail import __version__
-from dovetail.convert_command import convert_parser
 from dovetail.ir.errors import DovetailError
 from dovetail.kernels.commands import kernels_parser
+from dovetail.precision.command import convert_parser
 from dovetail.system_errors import as_output_error
 from dovetail.tuning.commands import allow_argument, db_parser, tune_parser
 

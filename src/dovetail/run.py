@@ -15,7 +15,6 @@ from pathlib import Path
 
 from dovetail.checkpoint import ModelFolder
 from dovetail.execute import Execution
-from dovetail.expert_weights import check_converted, plan_index
 from dovetail.gpu_run import GpuExecution, check_target, gpu_place
 from dovetail.ir import codec
 from dovetail.ir.batching import Request as SequenceRequest
@@ -26,6 +25,7 @@ from dovetail.ir.workload import Workload
 from dovetail.journal import Journal
 from dovetail.journal_lines import Record
 from dovetail.planning import Request, plan_apart
+from dovetail.precision.of_plan import check_converted, plan_index
 from dovetail.progress import Progress
 from dovetail.prompts import Prompt, PromptSet, read_prompts
 from dovetail.report import Report, save_run, table

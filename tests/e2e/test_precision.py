@@ -20,12 +20,12 @@ from tests.e2e.support import (
 from dovetail.checkpoint import ModelFolder
 from dovetail.cli import main
 from dovetail.codegen.kernels.quantise import pack, unpack
-from dovetail.convert import converted_folder, open_converted
-from dovetail.convert_write import convert
 from dovetail.ir.machine import Curve
 from dovetail.ir.moves import ExpertFormat, Pack
 from dovetail.machine_files import save_machine
 from dovetail.passes.expert_precision import weights_of, with_precision
+from dovetail.precision.convert import convert
+from dovetail.precision.folder import converted_folder, open_converted
 from dovetail.runtime.quantised import int4_matrix
 from dovetail.runtime.safetensors_index import CheckpointIndex
 

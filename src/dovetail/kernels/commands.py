@@ -52,7 +52,7 @@ def kernels_parser(parser: argparse.ArgumentParser) -> None:
 
 
 def _tune(options: argparse.Namespace) -> int:
-    from dovetail.tuning.kernel_tune import tune
+    from dovetail.tuning.kernels.tune import tune
 
     return tune(options)
 

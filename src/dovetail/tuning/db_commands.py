@@ -11,7 +11,7 @@ from typing import Any
 
 from dovetail.ir.errors import InputError
 from dovetail.ir.units import format_bytes
-from dovetail.tuning.kernel_key import gpu_fields
+from dovetail.tuning.kernels.key import gpu_fields
 from dovetail.tuning.staleness import Grade, compare, environment_here
 from dovetail.tuning_db.database import Database, default_path
 from dovetail.tuning_db.maintain import check, counts, export, merge, prune

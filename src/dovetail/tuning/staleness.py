@@ -184,7 +184,7 @@ def _digest_of(code: Mapping[str, tuple[str, ...]]) -> str:
 _CODE: dict[str, tuple[str, ...]] = {
     "codegen": (),
     "runtime": (),
-    "passes": ("apply_moves.py", "lower.py"),
+    "passes": ("apply_moves.py", "expert_precision.py", "lower.py"),
 }
 """Rooms, all their files or those named."""
 _KERNEL_CODE: dict[str, tuple[str, ...]] = {

@@ -15,13 +15,13 @@ from pathlib import Path
 
 from dovetail.capture.captured import Captured
 from dovetail.checkpoint import ModelFolder
-from dovetail.expert_weights import check_converted
 from dovetail.ir import codec
 from dovetail.ir.errors import InputError
 from dovetail.ir.plan import Plan, save_plan
 from dovetail.ir.units import format_duration, parse_duration
 from dovetail.planning import PLAN_FILE
 from dovetail.plans.commands import written
+from dovetail.precision.of_plan import check_converted
 from dovetail.runtime import calibrate_host as host
 from dovetail.tuning.clock import Clock
 from dovetail.tuning.correct import correct

@@ -23,7 +23,6 @@ from torch import Tensor
 from dovetail.capture.captured import load_captured
 from dovetail.checkpoint import ModelFolder
 from dovetail.execute import Execution
-from dovetail.expert_weights import plan_index
 from dovetail.ir import codec
 from dovetail.ir.batching import Request, Step
 from dovetail.ir.errors import BudgetError, DovetailError, VerifyError
@@ -36,6 +35,7 @@ from dovetail.passes.apply_moves import Layout
 from dovetail.passes.cost import Costs
 from dovetail.passes.simulate import Simulator
 from dovetail.planning import PLAN_FILE
+from dovetail.precision.of_plan import plan_index
 from dovetail.routing.guard import LoadCounter, expert_counts
 from dovetail.runtime.sampling import Sampling
 from dovetail.tuning_db.facts import State

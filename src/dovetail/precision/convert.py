@@ -15,26 +15,6 @@ from typing import BinaryIO
 import torch
 
 from dovetail.checkpoint import ModelFolder
-from dovetail.convert import (
-    RECORD_FILE,
-    RECORD_VERSION,
-    ConvertedExperts,
-    LayerError,
-    command_of,
-    files_in,
-    open_converted,
-    read_record,
-)
-from dovetail.convert_experts import Rounding
-from dovetail.convert_layout import (
-    FILE_BYTES,
-    INDEX_FILE,
-    ExpertFile,
-    converted_bytes,
-    files_of,
-    in_file_order,
-    index_text,
-)
 from dovetail.ir import codec
 from dovetail.ir.errors import CheckpointError, InputError
 from dovetail.ir.moves import ExpertFormat
@@ -44,6 +24,26 @@ from dovetail.ir.task_graph import TaskGraph
 from dovetail.ir.units import format_bytes
 from dovetail.locked_file import open_locked
 from dovetail.passes.expert_precision import weights_of, with_precision
+from dovetail.precision.folder import (
+    RECORD_FILE,
+    RECORD_VERSION,
+    ConvertedExperts,
+    LayerError,
+    command_of,
+    files_in,
+    open_converted,
+    read_record,
+)
+from dovetail.precision.layout import (
+    FILE_BYTES,
+    INDEX_FILE,
+    ExpertFile,
+    converted_bytes,
+    files_of,
+    in_file_order,
+    index_text,
+)
+from dovetail.precision.rounding import Rounding
 from dovetail.runtime.pools import torch_dtype
 from dovetail.runtime.safetensors_index import CheckpointIndex
 from dovetail.runtime.weight_store import Tensors

@@ -7,8 +7,8 @@ from dovetail.ir import codec
 from dovetail.ir.kernel_layer import LayerKernels
 from dovetail.kernels.bench import Bench, Loaded
 from dovetail.tuning.gate import MOST_PAIRS, decided
-from dovetail.tuning.kernel_attempts import Attempts
-from dovetail.tuning.kernel_rows import Pairs, ratios
+from dovetail.tuning.kernels.attempts import Attempts
+from dovetail.tuning.kernels.rows import Pairs, ratios
 
 RENEWED = 4
 """Pairs of the gate after which both are loaded anew, so that no lucky place in memory decides."""

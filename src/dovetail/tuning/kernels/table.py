@@ -6,7 +6,7 @@ from pathlib import Path
 
 from dovetail.ir import codec, notation
 from dovetail.ir.kernel_text import tile_text
-from dovetail.tuning.kernel_rungs import Decided
+from dovetail.tuning.kernels.rungs import Decided
 from dovetail.tuning.known import ratio_of
 from dovetail.tuning_db.facts import Trial
 

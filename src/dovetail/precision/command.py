@@ -23,10 +23,10 @@ def convert_parser(parser: argparse.ArgumentParser) -> None:
 
 def _convert(options: argparse.Namespace) -> int:
     from dovetail.checkpoint import ModelFolder
-    from dovetail.convert import converted_folder
-    from dovetail.convert_layout import converted_bytes
-    from dovetail.convert_write import convert, converted_before, target_of
     from dovetail.planning import captured_model
+    from dovetail.precision.convert import convert, converted_before, target_of
+    from dovetail.precision.folder import converted_folder
+    from dovetail.precision.layout import converted_bytes
     from dovetail.progress import BytesProgress
 
     folder, form = ModelFolder.open(options.checkpoint), options.experts

@@ -24,10 +24,10 @@ from dovetail.kernels.planned import save_kernels
 from dovetail.plans.check import GRAPH_FILE, load_graph
 from dovetail.plans.commands import written
 from dovetail.tuning.clock import Clock
-from dovetail.tuning.kernel_key import Mode, gpu_environment, host_environment, rung_key
-from dovetail.tuning.kernel_replay import replay
-from dovetail.tuning.kernel_rows import Ledger
-from dovetail.tuning.kernel_rungs import (
+from dovetail.tuning.kernels.key import Mode, gpu_environment, host_environment, rung_key
+from dovetail.tuning.kernels.replay import replay
+from dovetail.tuning.kernels.rows import Ledger
+from dovetail.tuning.kernels.rungs import (
     Decided,
     Rung,
     decide_rung,
@@ -36,8 +36,8 @@ from dovetail.tuning.kernel_rungs import (
     shares_of,
     with_decided,
 )
-from dovetail.tuning.kernel_search import KernelSearch
-from dovetail.tuning.kernel_table import rungs_table, trial_text
+from dovetail.tuning.kernels.search import KernelSearch
+from dovetail.tuning.kernels.table import rungs_table, trial_text
 from dovetail.tuning.samplers import make_sampler
 from dovetail.tuning_db.database import Database, default_path
 from dovetail.tuning_db.facts import Key, Stop, Trial, Tuning

@@ -14,8 +14,8 @@ from dovetail.passes.apply_moves import apply_moves
 from dovetail.passes.gpu.cost import GpuCosts
 from dovetail.passes.gpu.predict import GpuPredictor
 from dovetail.tuning.gate import DEFAULT, GATE
-from dovetail.tuning.kernel_rows import kernel_winner, kernels_of
-from dovetail.tuning.kernel_space import KernelSpace
+from dovetail.tuning.kernels.rows import kernel_winner, kernels_of
+from dovetail.tuning.kernels.space import KernelSpace
 from dovetail.tuning_db.facts import Key, Trial
 from dovetail.tuning_db.winners import Interval, deciding_interval, pooled, ranked
 

@@ -14,10 +14,10 @@ from dovetail.ir.kernel_layer import LayerKernels
 from dovetail.kernels.bench import Bench, KernelFailure
 from dovetail.tuning.clock import Clock
 from dovetail.tuning.gate import CONFIRM, DEFAULT, GATE, SEARCH, finalists
-from dovetail.tuning.kernel_attempts import Attempts
-from dovetail.tuning.kernel_duel import Duel
-from dovetail.tuning.kernel_rows import PART, Ledger, kernels_of, ratios, timed
-from dovetail.tuning.kernel_space import KernelSpace
+from dovetail.tuning.kernels.attempts import Attempts
+from dovetail.tuning.kernels.duel import Duel
+from dovetail.tuning.kernels.rows import PART, Ledger, kernels_of, ratios, timed
+from dovetail.tuning.kernels.space import KernelSpace
 from dovetail.tuning.known import Known, point_of_trial, ratio_of, told_of
 from dovetail.tuning.residuals import Residuals
 from dovetail.tuning.samplers import Sampler, rebuild

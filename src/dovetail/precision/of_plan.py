@@ -3,10 +3,10 @@
 from collections.abc import Iterable
 
 from dovetail.checkpoint import ModelFolder
-from dovetail.convert import open_converted
 from dovetail.ir import codec
 from dovetail.ir.moves import ExpertFormat, Move, precision_of
 from dovetail.ir.task_graph import TaskGraph
+from dovetail.precision.folder import open_converted
 from dovetail.runtime.safetensors_index import CheckpointIndex
 
 

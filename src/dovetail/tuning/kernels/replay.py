@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from dovetail.ir.errors import InputError
-from dovetail.tuning.kernel_key import SOURCE, gpu_fields, rung_key, rung_task, rung_workload
-from dovetail.tuning.kernel_rungs import Decided, Rung, decide_rung
+from dovetail.tuning.kernels.key import SOURCE, gpu_fields, rung_key, rung_task, rung_workload
+from dovetail.tuning.kernels.rungs import Decided, Rung, decide_rung
 from dovetail.tuning.staleness import compare
 from dovetail.tuning_db.database import Database
 from dovetail.tuning_db.facts import Key

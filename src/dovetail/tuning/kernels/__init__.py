@@ -1,0 +1,1 @@
+"""`dovetail kernels tune`: kernels of a GPU plan, searched by measuring."""
