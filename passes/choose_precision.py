@@ -65,7 +65,8 @@ def check_allowed(allow: Sequence[str]) -> None:
     for form in allow:
         if form not in FORMATS or allow.count(form) > 1:
             raise InputError(
-                f"--allow {' '.join(allow)}: expected {' or '.join(FORMATS)}, each once at most"
+                f"allow {' '.join(map(str, allow))}: expected {' or '.join(FORMATS)}, each once at "
+                "most"
             )
 
 

@@ -219,7 +219,7 @@ def test_formats_on_a_gpu_or_twice_are_refused() -> None:
     graph = sixteen()
     with pytest.raises(InputError, match=r"run on the processor only"):
         choose_precision(graph, machine(), {"ram": 1, "hbm": 1}, WORKLOAD, allow=("int8",))
-    with pytest.raises(InputError, match=r"--allow int8 int8: expected int8 or int4, each once"):
+    with pytest.raises(InputError, match=r"allow int8 int8: expected int8 or int4, each once"):
         choose_precision(graph, machine(), {"ram": 1}, WORKLOAD, allow=("int8", "int8"))
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from dovetail.checkpoint import ModelFolder
 from dovetail.doors.generate_arguments import Wanted
 from dovetail.doors.plan_cache import Bucket, PlanCache, Planned, plan_for
 from dovetail.execute import Execution
@@ -18,6 +19,7 @@ from dovetail.ir.batching import Request
 from dovetail.ir.errors import ModelError
 from dovetail.ir.plan import Plan
 from dovetail.ir.timeline import Timeline
+from dovetail.precision.of_plan import plan_index
 from dovetail.runtime.memory_weights import MemoryWeights
 from dovetail.runtime.safetensors_index import CheckpointIndex
 
@@ -40,7 +42,8 @@ class _Open:
 class GenerationEngine:
     """Generates under the plans of ``cache`` from the weights of ``index``; one call at a time.
 
-    ``target`` is as in ``GpuExecution`` for plans of a GPU, else ``cpu``.
+    ``target`` is as in ``GpuExecution`` for plans of a GPU, else ``cpu``. Plans whose experts are
+    in fewer bits find them beside ``folder``.
     """
 
     def __init__(
@@ -49,9 +52,10 @@ class GenerationEngine:
         index: CheckpointIndex | MemoryWeights,
         context: int,
         target: str = "cpu",
+        folder: ModelFolder | None = None,
     ) -> None:
         self._cache, self._index, self._context = cache, index, context
-        self._target = target
+        self._target, self._folder = target, folder
         self._open: _Open | None = None
         self._plans: dict[Bucket, Planned] = {}
         self._lock = threading.Lock()
@@ -116,8 +120,11 @@ class GenerationEngine:
     def _made(self, planned: Planned, wanted: Wanted) -> "Execution | GpuExecution":
         plan, captured, place = planned
         if self._target == "cpu":
+            index = self._index
+            if self._folder is not None:
+                index = plan_index(self._folder, captured.graph, plan.moves)
             return Execution(
-                plan, captured, self._index, wanted.sampling, wanted.stop, place / "executor.py"
+                plan, captured, index, wanted.sampling, wanted.stop, place / "executor.py"
             )
         from dovetail.gpu_run import GpuExecution
 

@@ -17,11 +17,13 @@ from tests.e2e.support import (
     tiny_model,
 )
 
+import dovetail
 from dovetail.checkpoint import ModelFolder
 from dovetail.cli import main
 from dovetail.codegen.kernels.quantise import pack, unpack
+from dovetail.ir.errors import CheckpointError, InputError
 from dovetail.ir.machine import Curve
-from dovetail.ir.moves import ExpertFormat, Pack
+from dovetail.ir.moves import ExpertFormat, Pack, precision_of
 from dovetail.machine_files import save_machine
 from dovetail.passes.expert_precision import weights_of, with_precision
 from dovetail.precision.convert import convert
@@ -144,3 +146,19 @@ def test_run_in_int8_needs_permission_throughout(
     capsys.readouterr()
     assert main(words(place, "run", "--ignore-eos")) == 1
     assert "allow" in capsys.readouterr().err
+
+
+def test_loaded_model_needs_permission_and_converted_experts(place: Path) -> None:
+    folder = place / "model"
+    options = {"budget": "ram=24MiB", "target": str(place / "machine.json")}
+    with pytest.raises(InputError, match=r"allow int3: expected int8 or int4"):
+        dovetail.load(folder, allow=["int3"], **options)  # type: ignore[list-item]
+    with pytest.raises(CheckpointError, match=r"dovetail convert .* --experts int4"):
+        dovetail.load(folder, allow=["int4"], **options)
+    if not converted_folder(folder, "int8").exists():
+        assert main(["convert", str(folder), "--experts", "int8"]) == 0
+    with dovetail.load(folder, allow=["int8"], **options) as model:
+        out = model.generate(PROMPTS[:3], max_new_tokens=3)
+        assert model.plan is not None and precision_of(model.plan.moves) == "int8"
+    for row, prompt in zip(out, PROMPTS, strict=False):
+        assert row[: len(prompt)] == prompt and len(row) > len(prompt)

@@ -20,6 +20,7 @@ from dovetail.ir.timeline import Timeline
 from dovetail.ir.units import format_bytes, format_duration
 from dovetail.ir.workload import Workload
 from dovetail.planning import Request, plan_apart
+from dovetail.precision.of_plan import check_converted
 from dovetail.runtime import calibrate_host as host
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ class LoadedModel:
             on_stale,
             lambda asked, place: plan_apart(asked, place, lambda text: None),
         )
-        self._engine = GenerationEngine(cache, folder.index, folder.context)
+        self._engine = GenerationEngine(cache, folder.index, folder.context, folder=folder)
         self._finalizer = weakref.finalize(self, self._engine.close)
 
     # What transformers asks of a model.
@@ -298,6 +299,7 @@ def load_model(folder: Path, request: Request, on_stale: str) -> LoadedModel:
     ``transformers.pipeline`` recognises models by the name of their class.
     """
     opened = ModelFolder.open(folder)
+    check_converted(opened, request.allow)
     architectures = opened.config.get("architectures") or [LoadedModel.__name__]
     kind = type(str(architectures[0]), (LoadedModel,), {"__doc__": LoadedModel.__doc__})
     model = kind(opened, request, on_stale)

@@ -1,11 +1,12 @@
 """`dovetail.load`: a checkpoint as a model that generates in less memory than its weights."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dovetail.ir.errors import InputError
+from dovetail.ir.moves import ExpertFormat
 from dovetail.ir.units import parse_budget
 from dovetail.ir.workload import Workload
 
@@ -22,6 +23,7 @@ def load(
     workload: str | Workload | None = None,
     target: str = "",
     on_stale: str = "verify",
+    allow: Sequence[ExpertFormat] = (),
 ) -> "LoadedModel":
     """The causal language model in the folder ``checkpoint``, with its weights left on disk.
 
@@ -31,10 +33,13 @@ def load(
     planned for when they come. ``target`` is a machine file, for this machine where it is left
     out. ``on_stale`` says what becomes of a plan of another machine: ``verify`` uses it if it is
     predicted to be faster here than a new one, ``error`` refuses it, ``default`` plans anew.
+    ``allow`` lists formats of fewer bits (``int8``, ``int4``) that experts may be in, which changes
+    results and needs `dovetail convert`.
 
     Raises CheckpointError, PlanError, InputError.
     """
     from dovetail.doors.loaded_model import DEFAULT_WORKLOAD, default_budget, load_model
+    from dovetail.passes.choose_precision import check_allowed
     from dovetail.planning import Request
 
     request = Request(
@@ -44,8 +49,10 @@ def load(
         policy=policy,
         machine=target,
         plan=str(plan) if plan is not None else "",
+        allow=tuple(allow),
     )
     check_policy(policy)
+    check_allowed(request.allow)
     if plan is not None:
         from dovetail.ir.plan import load_plan
 

@@ -153,6 +153,7 @@ class PlanCache:
                 dict(request.budget),
                 codec.encode(request.workload),
                 request.policy,
+                list(request.allow),
                 dict(request.knobs or {}),
                 described,
                 given,
