@@ -134,6 +134,7 @@ def test_run_in_int8_needs_permission_throughout(
     assert main(["convert", str(place / "model"), "--experts", "int8"]) == 0
     assert main(words(place, "plan make", "--allow", "int8")) == 0
     assert "precision(experts, int8)" in capsys.readouterr().out
+    assert main(["plan", "check", str(place / "plan.json")]) == 0
     plan = ["--plan", str(place / "plan.json")]
     assert main(words(place, "run", *plan)) == 1
     assert "runs experts in int8, which changes results; add --allow int8" in (

@@ -126,7 +126,7 @@ class PlanCheck:
             kinds = ", ".join(step.kind for step in programs)
             return Found(f"{found} are legal{apart}, programs of {kinds} have no hazard")
         program = lower(self.layout, self.plan.budget)
-        verify_program(program, self.graph)
+        verify_program(program, self.layout.graph)
         count = sum(len(list(unroll(items))) for items in program.engines.values())
         return Found(f"{count} instructions on {', '.join(program.engines)} are legal")
 
@@ -186,7 +186,7 @@ class PlanCheck:
         """No schedule can be faster than the bound, so the prediction is not."""
         plan, least, source = self.plan, self.plan.bound, "stated"
         if self.graph is not None:
-            least = least_time(self.graph, plan.machine, plan.budget, plan.workload)
+            least = least_time(self.layout.graph, plan.machine, plan.budget, plan.workload)
             source = "computed again"
         seconds = plan.prediction.seconds
         if least.seconds > seconds * (1 + ROUNDING):
