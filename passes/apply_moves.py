@@ -132,7 +132,7 @@ def apply_moves(graph: TaskGraph, moves: Iterable[Move]) -> Layout:
     moves = tuple(moves)
     precision = _precision(moves)
     if precision is not None:
-        graph, moves = with_precision(graph, precision), moves[1:]
+        graph = with_precision(graph, precision)
     dispatches = [move for move in moves if isinstance(move, Dispatch)]
     if len(dispatches) != 1:
         raise VerifyError(f"a schedule needs exactly one dispatch move, found {len(dispatches)}")
@@ -190,7 +190,7 @@ def _precision(moves: tuple[Move, ...]) -> ExpertFormat | None:
 def _apply(layout: Layout, move: Move) -> Layout:
     match move:
         case Precision():
-            return layout
+            return layout  # the graph is in it already
         case Dispatch():
             _positive(
                 move,

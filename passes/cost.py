@@ -160,7 +160,9 @@ class Costs:
         moved = rows * (4 * experts.hidden + 6 * experts.intermediate) * item
         more, more_ops = _fewer_bits(experts)
         moved += rows * more
-        ops = _expert_ops(rows, tile, pack, grouped) + more_ops * max(1.0, rows / tile)
+        # Products of matrices in fewer bits are never one call.
+        ops = _expert_ops(rows, tile, pack, grouped and not experts.precision)
+        ops += more_ops * max(1.0, rows / tile)
         ops *= self._fixed_seconds(workers)
         whole, rest = divmod(rows, tile)
         gemm = sum(

@@ -90,9 +90,9 @@ def converted_folder(checkpoint: Path, form: ExpertFormat) -> Path:
     return named.parent / f"{named.name}-experts-{form}"
 
 
-def command_of(checkpoint: Path, form: str, where: Path) -> str:
+def command_of(checkpoint: Path, form: ExpertFormat, where: Path) -> str:
     """The command that converts a checkpoint's experts into the folder ``where``."""
-    usual = where == converted_folder(checkpoint, "int4" if form == "int4" else "int8")
+    usual = where == converted_folder(checkpoint, form)
     return f"dovetail convert {checkpoint} --experts {form}" + ("" if usual else f" -o {where}")
 
 

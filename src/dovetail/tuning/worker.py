@@ -227,7 +227,7 @@ class Worker:
         answer = replace(answer, error=error)
         forms = {precision_of(moves) for moves in (plan.moves, self._plan.moves)}
         own = TOLERANCES[ITEMSIZE[self._captured.graph.dtype]]
-        allowed = max(own, *(ALLOWED[form] for form in forms if form is not None), 0.0)
+        allowed = max([own, *(ALLOWED[form] for form in forms if form is not None)])
         if not error <= allowed:
             note = f"logits differ by {error:.2g} of their size, allowed are {allowed:g}"
             return replace(answer, state="wrong_result", note=note)
